@@ -1,0 +1,1 @@
+"""Tests, the local platform harness and the generator of sample stacks. Run from the repository root."""
