@@ -142,7 +142,7 @@ def write_sample(output: Path, seed: int) -> Path:
     path = output / "stack_0.tiff"
     write_stack(path, [Image.fromarray(draw(kind, rng, stain=i % 4)) for i, (kind, _) in enumerate(chosen)])
     domains = [i % 4 for i in range(len(chosen))]
-    entry = {"image": path.name, "labels": [label for _, label in chosen], "tumordomains": domains}
+    entry: dict[str, object] = {"image": path.name, "labels": [label for _, label in chosen], "tumordomains": domains}
     write_truth(output, [entry | {"figures": [kind for kind, _ in chosen]}])
     return path
 

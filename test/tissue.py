@@ -30,7 +30,7 @@ class Canvas:
         return (field - field.mean()) / field.std()
 
     def blob(self, cx: float, cy: float, a: float, b: float, angle: float, rough: float, edge: float = 1.0) -> Array:
-        """Mask in [0, 1] of an irregular ellipse with half axes a and b; the outline wobbles by `rough` of the radius."""
+        """Mask in [0, 1] of an irregular ellipse with half axes a and b, whose outline wobbles by `rough`."""
         dx, dy = self.x - cx, self.y - cy
         u, v = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
         radius, theta = np.hypot(u / a, v / b), np.arctan2(v / b, u / a)

@@ -1,0 +1,214 @@
+"""Runs one job in a fresh container, or natively in the same folder layout. Both hand the job to shim.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIM = Path(__file__).with_name("shim.py")
+PLATFORM_ENV = {"LOG_LEVEL": "INFO", "PYTHONUNBUFFERED": "1", "no_proxy": "amazonaws.com"}
+OURS = ["-m", "inference"]  # a command that ends so understands --details
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the platform allows a job: the request for a T4 with 16 GB, on its cheapest instance."""
+
+    memory_gib: int = 16
+    seconds: float = 300  # the shortest limit that a phase may set
+    shm: str = "8g"  # half the memory; the organisers' own re-run gave 1g
+    cpus: int = 4
+    gpus: str = "auto"  # auto, all or none
+    strict: bool = False  # read-only root, no capabilities, no new privileges, a limit of 256 processes
+
+    @property
+    def data_bytes(self) -> int:
+        """RLIMIT_DATA of the program: the instance's memory less 1 GiB."""
+        return (self.memory_gib - 1) * 2**30
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a job ended. `code` is None when its program did not start; `error` is the platform's own message then."""
+
+    code: int | None
+    error: str | None
+    output: Path
+    stdout: bytes = b""
+    stderr: bytes = b""
+    timed_out: bool = False
+    streams_held: bool = False
+    oom: bool = False
+    seconds: float = 0.0
+    wall_seconds: float = 0.0
+    peak_mib: float = 0.0
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@cache
+def docker() -> str | None:
+    """The first Docker client that reaches an engine (Debian's own comes first), or None."""
+    for client in os.environ.get("DOCKER", "/usr/bin/docker docker").split():
+        try:
+            if subprocess.run([client, "info"], capture_output=True, timeout=20).returncode == 0:
+                return client
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+    return None
+
+
+def inspect(image: str) -> dict[str, Any] | None:
+    """`docker image inspect`, or None when there is no such image."""
+    answer = subprocess.run([docker() or "docker", "image", "inspect", image], capture_output=True)
+    return json.loads(answer.stdout)[0] if answer.returncode == 0 else None
+
+
+def run_docker(image: str, folder: Path, pk: str, weights: Path | None, limits: Limits) -> Run:
+    """Runs the image's command on folder/input in a fresh container without network.
+
+    Args:
+        image: tag; its ENTRYPOINT, CMD, USER and WORKDIR are handed to the shim, which runs as root in its place.
+        folder: the job's folder with input/; receives output/, the logs and result.json.
+        weights: None, an ensemble folder (mounted read-only at /opt/ml/model) or a model tarball (unpacked there).
+    Raises: RuntimeError when the image is missing or has no command.
+    """
+    about = inspect(image)
+    if about is None:
+        raise RuntimeError(f"no image {image}; build it with ./build.sh")
+    config = about["Config"]
+    command = (config.get("Entrypoint") or []) + (config.get("Cmd") or [])
+    if not command:
+        raise RuntimeError(f"{image} has neither ENTRYPOINT nor CMD: the platform cannot start it; add an ENTRYPOINT")
+    tarball = weights is not None and weights.is_file()
+    details = "/tmp/details.json" if command[-2:] == OURS else None
+    job = describe(command + (["--details", details] if details else []), config.get("WorkingDir") or "/", limits) | {
+        "user": config.get("User") or "",
+        "input_source": f"/opt/ml/input/data/{pk}-input",
+        "input": "/input",
+        "link_input": not limits.strict,
+        "output": "/output",
+        "tmp": "/tmp",
+        "model": "/opt/ml/model",
+        "model_tarball": "/harness/model.tar.gz" if tarball else None,
+        "writable": [f"/opt/ml/{name}" for name in ("model", "output/data", "checkpoints", "input/data/ground_truth")],
+        "details": details,
+        "owner": [os.getuid(), os.getgid()],
+    }
+    (folder / "job.json").write_text(json.dumps(job))
+    (folder / "tmp").mkdir(mode=0o777)
+    name = f"harness-{uuid.uuid4()}"
+    options = ["--rm", "--name", name, "--network", "none", "--user", "0", "--entrypoint", "python3"]
+    options += ["--memory", f"{limits.memory_gib}g", "--memory-swap", f"{limits.memory_gib}g", "--shm-size", limits.shm]
+    options += ["--cpus", str(min(limits.cpus, os.cpu_count() or 1))]
+    volumes = [f"{folder}:/harness", f"{folder / 'tmp'}:/tmp", f"{SHIM}:/shim.py:ro"]
+    if weights is not None:
+        volumes.append(f"{weights}:{'/harness/model.tar.gz' if tarball else '/opt/ml/model'}:ro")
+    options += [f"--volume={volume}" for volume in volumes]
+    if limits.gpus == "all" or (limits.gpus == "auto" and has_gpus()):
+        options += ["--gpus", "all"]
+    if limits.strict:
+        options += ["--read-only", "--security-opt", "no-new-privileges", "--pids-limit", "256", "--cap-drop", "ALL"]
+        options += [f"--cap-add={name}" for name in ("CHOWN", "DAC_OVERRIDE", "FOWNER", "KILL", "SETGID", "SETUID")]
+        options += [f"--tmpfs={path}:rw,exec,mode=0755" for path in ("/input", "/output", "/opt/ml")]
+    start = time.monotonic()
+    whole = [docker() or "docker", "run", *options, image, "/shim.py", "/harness/job.json"]
+    try:
+        ended = subprocess.run(whole, capture_output=True, timeout=limits.seconds + 120)
+        code, message = ended.returncode, ended.stderr.decode(errors="replace").strip()
+    except subprocess.TimeoutExpired:
+        subprocess.run([docker() or "docker", "kill", name], capture_output=True)
+        code, message = 1, "the container did not end"
+    return collect(folder, time.monotonic() - start, code, message)
+
+
+def run_native(folder: Path, pk: str, weights: Path | None, limits: Limits, command: list[str] | None = None) -> Run:
+    """Runs the job (or `command`, where {input} and {output} stand for the folders) in the layout below `folder`.
+
+    What needs a container is missing: another user, root-owned input, a fixed /input, the memory limit of 16 GiB.
+    The network is cut off where `unshare` may.
+    """
+    root = folder / "root"
+    root.mkdir()
+    (root / "home").mkdir()
+    places = {name: str(root / name) for name in ("input", "output", "tmp")}
+    model, details = root / "opt/ml/model", f"{places['tmp']}/details.json"
+    if command is None:
+        python = ROOT / ".venv/bin/python"
+        command = [str(python if python.exists() else sys.executable), *OURS]
+        command += ["--input", "{input}", "--output", "{output}", "--details", details]
+        if weights is not None:
+            command += ["--weights", str(model if weights.is_file() else weights)]
+    command = [word.format(**places) if word in ("{input}", "{output}", "{tmp}") else word for word in command]
+    job = describe([*offline(), *command], str(ROOT), limits) | {
+        "user": "",
+        "input_source": str(root / f"opt/ml/input/data/{pk}-input"),
+        **places,
+        "link_input": True,
+        "model": str(model),
+        "model_tarball": str(weights) if weights is not None and weights.is_file() else None,
+        "writable": [str(model)],
+        "details": details,
+        "owner": None,
+    }
+    (folder / "job.json").write_text(json.dumps(job))
+    keep = {k: v for k, v in os.environ.items() if k in ("PATH", "LD_LIBRARY_PATH", "LANG", "CUDA_VISIBLE_DEVICES")}
+    keep |= {"HOME": str(root / "home"), "TMPDIR": places["tmp"], "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
+    if limits.gpus == "none":
+        keep["CUDA_VISIBLE_DEVICES"] = ""
+    start = time.monotonic()
+    ended = subprocess.run([sys.executable, str(SHIM), str(folder / "job.json")], env=keep, capture_output=True)
+    return collect(folder, time.monotonic() - start, ended.returncode, ended.stderr.decode(errors="replace").strip())
+
+
+def describe(command: list[str], cwd: str, limits: Limits) -> dict[str, Any]:
+    """The part of job.json that both engines share; shim.py's code tells what each key does."""
+    env, data = dict(PLATFORM_ENV), limits.data_bytes
+    return {"command": command, "cwd": cwd, "env": env, "data_limit": data, "time_limit": limits.seconds}
+
+
+def collect(folder: Path, wall_seconds: float, code: int, message: str) -> Run:
+    """Reads what the shim left in the job's folder; without result.json the container itself went down."""
+    if not (folder / "result.json").exists():
+        error = f"An unexpected error occurred ({message.splitlines()[-1] if message else f'exit code {code}'})"
+        return Run(code=137 if code == 137 else None, error=error, output=folder / "output", oom=code == 137)
+    result = json.loads((folder / "result.json").read_text())
+    details = folder / "details.json"
+    return Run(
+        output=folder / "output",
+        stdout=read_log(folder / "stdout.log"),
+        stderr=read_log(folder / "stderr.log"),
+        wall_seconds=wall_seconds,
+        details=json.loads(details.read_text()) if details.exists() else {},
+        **result,
+    )
+
+
+def read_log(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""
+
+
+@cache
+def has_gpus() -> bool:
+    """True when the engine can hand GPUs to a container."""
+    answer = subprocess.run([docker() or "docker", "info", "--format", "{{json .}}"], capture_output=True)
+    about = json.loads(answer.stdout or b"{}")
+    return "nvidia" in str(about.get("Runtimes")) + str(about.get("DiscoveredDevices"))
+
+
+@cache
+def offline() -> tuple[str, ...]:
+    """Prefix of a native command that cuts the network off, or nothing where that is not allowed."""
+    for prefix in (("unshare", "--net"), ("unshare", "--net", "--map-root-user")):
+        if shutil.which("unshare") and subprocess.run([*prefix, "true"], capture_output=True).returncode == 0:
+            return prefix
+    return ()

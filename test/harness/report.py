@@ -1,0 +1,76 @@
+"""Readable tables of what the jobs answered."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from test.harness.engines import Run
+from test.harness.findings import Finding, passed
+
+
+@dataclass
+class Result:
+    """One stack's job: what ran, what it answered (None when nothing usable), what was found."""
+
+    stack: Path
+    pages: int
+    run: Run
+    answers: list[dict[str, Any]] | None
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return passed(self.findings)
+
+
+def print_pages(result: Result) -> None:
+    """Table of one stack: page, class, P(atypical), spread over the folds; then the seconds per phase."""
+    details = result.run.details
+    spreads = {page["page"]: page["spread"] for page in details.get("pages", [])}
+    seconds = details.get("seconds", {})
+    share = sum(value for name, value in seconds.items() if name != "total") / max(result.pages, 1)
+    print(f"  {'page':>4}  {'class':<8}  {'P(atypical)':>11}  {'spread':>6}  {'seconds':>7}")
+    for page, answer in enumerate(result.answers or []):
+        spread = f"{spreads[page]:6.3f}" if spreads.get(page) is not None else "     -"
+        bar = "#" * round(20 * answer["confidence"])
+        each = f"{share:7.3f}" if seconds else "      -"
+        print(f"  {page:>4}  {answer['class']:<8}  {answer['confidence']:11.4f}  {spread}  {each}  {bar}")
+    phases = ", ".join(f"{name} {value:.2f}" for name, value in seconds.items())
+    about = ", ".join(str(details[key]) for key in ("ensemble", "device", "precision") if details.get(key))
+    if about:
+        print(f"  ensemble, device, precision: {about}")
+    print(f"  seconds: whole job {result.run.wall_seconds:.2f}" + (f" ({phases})" if phases else ""))
+
+
+def print_row(result: Result) -> None:
+    """One line for one stack of many."""
+    p = [answer["confidence"] for answer in result.answers or []]
+    mean = f"{statistics.fmean(p):.3f}" if p else "-"
+    atypical = sum(answer["class"] == "atypical" for answer in result.answers or [])
+    state = "ok" if result.passed else "FAIL"
+    seconds = f"{result.run.wall_seconds:>7.2f}"
+    print(f"  {result.stack.name:<24}  {result.pages:>5}  {atypical:>8}  {mean:>6}  {seconds}  {state}", flush=True)
+
+
+def print_header() -> None:
+    print(f"  {'stack':<24}  {'pages':>5}  {'atypical':>8}  {'mean P':>6}  {'seconds':>7}")
+
+
+def print_metrics(metrics: dict[str, Any]) -> None:
+    """The official figures with their intervals, then one line a tumour domain."""
+    aggregates, counts, intervals = metrics["aggregates"], metrics["counts"], metrics["intervals"]
+    for key in (key for key in aggregates if key.startswith("overall_")):
+        low, high = intervals.get(key) or (None, None)
+        print(f"  {key.removeprefix('overall_'):<18} {show(aggregates[key])}  [{show(low)}, {show(high)}]")
+    print("  " + ", ".join(f"{name} {value}" for name, value in counts["overall"].items()))
+    for key in (key for key in aggregates if key.startswith("domain_")):
+        figures, count = aggregates[key], counts[key]
+        text = ", ".join(f"{name} {show(figures[name])}" for name in ("balanced_accuracy", "roc_auc"))
+        print(f"  {key:<18} {text} ({count['atypical']} atypical, {count['normal']} normal)")
+
+
+def show(value: float | None) -> str:
+    return "     -" if value is None else f"{value:6.4f}"

@@ -1,0 +1,232 @@
+"""Starts an algorithm's command as the platform's entry shim does. Root inside the container; natively, the caller.
+
+    python shim.py JOB/job.json
+
+One file, standard library only, because it is mounted into images that we know nothing about. It resets the folders,
+"downloads" the input, unpacks the model tarball, limits data memory, drops to the image's user, runs the command under
+a time limit (TERM to the process group, KILL five seconds later), and "uploads" the output of a job that exited with 0.
+Beside job.json lie input/ (read), and output/, stdout.log, stderr.log, result.json (written).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import grp
+import json
+import os
+import pwd
+import re
+import resource
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+GRACE_SECONDS = 5
+
+
+class SetupError(Exception):
+    """The platform ends the job with this message before the program starts."""
+
+
+def find_user(user: str) -> tuple[int, int, list[int], str | None]:
+    """Resolves Docker's USER into (uid, gid, groups, home); an unknown number keeps group 0 and the caller's home."""
+    match = re.fullmatch(r"([A-Za-z][A-Za-z0-9._-]*|[0-9]+)(?::([A-Za-z][A-Za-z0-9._-]*|[0-9]+))?", user)
+    if not match:
+        raise SetupError(f"Invalid user '{user}'")
+    name, group = match.groups()
+    try:
+        entry = pwd.getpwuid(int(name)) if name.isdigit() else pwd.getpwnam(name)
+        uid, gid, home = entry.pw_uid, entry.pw_gid, entry.pw_dir
+        groups = os.getgrouplist(entry.pw_name, gid)
+    except KeyError:
+        if not name.isdigit():
+            raise SetupError(f"User '{name}' not found") from None
+        uid, gid, groups, home = int(name), 0, [], None
+    if group:
+        try:
+            gid = int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
+        except KeyError:
+            raise SetupError(f"Group '{group}' not found") from None
+        groups = [gid]
+    return uid, gid, groups, home
+
+
+def clean(folder: Path) -> None:
+    """Removes what lies in a folder, not the folder."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def reset_folders(job: dict[str, Any], files: Path) -> None:
+    """Puts /input, /output, /tmp and the folders below /opt/ml into the state that a program finds on the platform."""
+    source, linked = Path(job["input_source"]), Path(job["input"])
+    try:
+        if job["link_input"]:
+            if linked.is_symlink():
+                linked.unlink()
+            elif linked.is_dir():
+                clean(linked)
+                linked.rmdir()
+            source.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(files / "input", source)
+            linked.symlink_to(source)
+        else:  # a read-only root has no place for a link
+            source = linked
+            shutil.copytree(files / "input", source, dirs_exist_ok=True)
+        output = Path(job["output"])
+        output.mkdir(parents=True, exist_ok=True)
+        clean(output)
+    except OSError as error:
+        raise SetupError(f"The input and output directories could not be reset: {error}") from error
+    for path in [source, *source.rglob("*")]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    for name in [job["output"], job["tmp"], *job["writable"]]:
+        folder = Path(name)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            folder.chmod(0o777)
+        except OSError:
+            if not os.path.ismount(folder):  # a model folder mounted read-only stays as it is
+                raise
+
+
+def unpack_model(job: dict[str, Any]) -> None:
+    """Unpacks the model tarball as the platform does: `filter="data"`, everything owned by the image's user."""
+    try:
+        with tarfile.open(job["model_tarball"]) as tar:
+            tar.extractall(job["model"], filter="data")
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise SetupError(f"Could not set up model: Tarfile could not be extracted ({error})") from error
+    if job["user"]:
+        uid, gid, _, _ = find_user(job["user"])
+        for path in Path(job["model"]).rglob("*"):
+            os.chown(path, uid, gid, follow_symlinks=False)
+
+
+def oom_kills() -> int:
+    """Number of processes that the kernel killed in this container for lack of memory (cgroup v2, then v1)."""
+    for name in ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"):
+        try:
+            for line in Path(name).read_text().splitlines():
+                if line.startswith("oom_kill "):
+                    return int(line.split()[1])
+        except OSError:
+            continue
+    return 0
+
+
+def run_command(job: dict[str, Any], files: Path) -> dict[str, Any]:
+    """Runs the command to its end and returns its part of result.json."""
+    env = {k: v for k, v in os.environ.items() if not k.lower().startswith("grand_challenge_")} | job["env"]
+    identity: dict[str, Any] = {}
+    if job["user"]:
+        uid, gid, groups, home = find_user(job["user"])
+        identity = {"user": uid, "group": gid, "extra_groups": groups}
+        if home is not None:
+            env["HOME"] = home
+    limit = job["data_limit"]
+
+    def limit_data() -> None:
+        if limit:
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+    start, kills = time.monotonic(), oom_kills()
+    try:
+        process = subprocess.Popen(
+            job["command"],
+            cwd=job["cwd"] or "/",
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            preexec_fn=limit_data,
+            **identity,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise SetupError(f"The command {job['command']} could not be started: {error}") from error
+    readers = []
+    for stream, name in ((process.stdout, "stdout.log"), (process.stderr, "stderr.log")):
+        log = open(files / name, "wb", buffering=0)  # noqa: SIM115  (closed with the process)
+        readers.append(threading.Thread(target=shutil.copyfileobj, args=(stream, log), daemon=True))
+        readers[-1].start()
+    timed_out = False
+    try:
+        code = process.wait(job["time_limit"])
+    except subprocess.TimeoutExpired:
+        timed_out = True
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            code = process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            code = process.wait()
+    for reader in readers:  # the platform reads both streams to their end: a child that keeps them open keeps the job
+        reader.join(max(GRACE_SECONDS, 0 if timed_out else min(30, job["time_limit"])))
+    held = any(reader.is_alive() for reader in readers)
+    if held:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return {
+        "code": code,
+        "timed_out": timed_out,
+        "streams_held": held,
+        "oom": oom_kills() > kills,
+        "seconds": time.monotonic() - start,
+        "peak_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,
+    }
+
+
+def upload(output: Path, target: Path) -> str | None:
+    """Copies every regular file below /output, following links; returns the error that a dangling link causes."""
+    for path in sorted(output.rglob("*")):
+        place = target / path.relative_to(output)
+        if not path.exists():
+            return f"{path.name} is a dangling link: the upload of the output breaks"
+        if stat.S_ISREG(path.stat().st_mode):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place)
+    return None
+
+
+def main(argument: str) -> int:
+    """Runs the job that a job.json describes; returns 0 also when the job failed (result.json tells)."""
+    files = Path(argument).resolve().parent
+    job = json.loads(Path(argument).read_text())
+    if job["tmp"] == "/tmp" and os.getpid() != 1:
+        raise SystemExit("shim.py empties /input, /output and /tmp; outside a container give it other folders")
+    result: dict[str, Any] = {"code": None, "error": None}
+    try:
+        reset_folders(job, files)
+        if job["model_tarball"]:
+            unpack_model(job)
+        result.update(run_command(job, files))
+        (files / "output").mkdir()
+        if result["code"] == 0:
+            result["error"] = upload(Path(job["output"]), files / "output")
+        if job["details"] and os.path.exists(job["details"]):
+            shutil.copyfile(job["details"], files / "details.json")
+    except SetupError as error:
+        result["error"] = str(error)
+    (files / "result.json").write_text(json.dumps(result))
+    for name in [job["output"], job["tmp"]]:  # nothing stays, and the caller may remove the folders
+        if os.path.isdir(name):
+            clean(Path(name))
+    if job["owner"] and os.geteuid() == 0:
+        for path in [*files.rglob("*")]:
+            os.chown(path, *job["owner"], follow_symlinks=False)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1]))
