@@ -20,11 +20,10 @@ RUN python3 -m venv --without-pip /opt/venv \
         nvidia/cusolver/lib/libcusolverMg.so.* nvidia/cuda_nvrtc/lib/*.alt.so.* \
         nvidia/cuda_cupti/lib/libnvperf_* nvidia/cuda_cupti/lib/libpcsamplingutil.so nvidia/cuda_cupti/lib/libcheckpoint.so \
     && find . -type d -name tests -prune -exec rm -rf {} + \
-    && rm -f /tmp/requirements.txt \
     && /opt/venv/bin/python -c "import ctypes, torch, torchvision, timm, SimpleITK, safetensors.torch; \
 ctypes.CDLL(torch.__path__[0] + '/lib/libtorch_cuda_linalg.so'); \
-x = torch.randn(2, 3, 32, 32); torch.nn.Conv2d(3, 8, 3)(x); torch.linalg.inv(x[0, 0] @ x[0, 0].T); print('torch', torch.__version__)"
-ENV PATH=/opt/venv/bin:$PATH
+x = torch.randn(2, 3, 32, 32); torch.nn.Conv2d(3, 8, 3)(x); torch.linalg.inv(x[0, 0] @ x[0, 0].T); print('torch', torch.__version__)" \
+    && rm -rf /tmp/*
 
 # ---- base weights ---------------------------------------------------------------------------------------------------
 # Thrown away but for one file: the base that the chosen ensemble names. It is taken from weights/bases where the builder's
@@ -38,11 +37,12 @@ WORKDIR /build
 COPY inference inference
 COPY training training
 COPY weights weights
-RUN python -c "import json; m = json.load(open('$ENSEMBLE/ensemble.json')); print(m['backbone'], m['base']['file'])" >/tmp/base \
+RUN /opt/venv/bin/python -c "import json; m = json.load(open('$ENSEMBLE/ensemble.json')); print(m['backbone'], m['base']['file'])" >/tmp/base \
     && read -r backbone file </tmp/base && mkdir -p /opt/base \
     && if [ ! -e "$ENSEMBLE/$file" ]; then \
-        if [ ! -e "weights/bases/$file" ]; then python -m training base "$backbone"; fi; \
-        cp "weights/bases/$file" /opt/base/; fi
+        if [ ! -e "weights/bases/$file" ]; then /opt/venv/bin/python -m training base "$backbone"; fi; \
+        cp "weights/bases/$file" /opt/base/; fi \
+    && chmod -R u=rwX,go=rX /opt/base
 
 # ---- code and adapters ----------------------------------------------------------------------------------------------
 FROM dependencies AS app
@@ -50,7 +50,7 @@ ARG ENSEMBLE=weights/default
 COPY inference /opt/app/inference
 COPY ${ENSEMBLE} /opt/app/weights/default
 # root owns both and the job cannot write them; compiled here, because the job could not store its bytecode either
-RUN chmod -R u=rwX,go=rX /opt/app && python -m compileall -q /opt/app/inference
+RUN chmod -R u=rwX,go=rX /opt/app && /opt/venv/bin/python -m compileall -q /opt/app/inference
 
 # ---- what is shipped ------------------------------------------------------------------------------------------------
 FROM dependencies
@@ -59,7 +59,8 @@ LABEL org.grand-challenge.api-method=${API_METHOD} \
     org.opencontainers.image.title="midog-lora" \
     org.opencontainers.image.licenses="Apache-2.0"
 # Nothing is fetched at run time, and what libraries want to cache goes to /tmp, the only place that is always writable.
-ENV HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HOME=/tmp/huggingface TORCH_HOME=/tmp/torch XDG_CACHE_HOME=/tmp/cache \
+ENV PATH=/opt/venv/bin:$PATH \
+    HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HOME=/tmp/huggingface TORCH_HOME=/tmp/torch XDG_CACHE_HOME=/tmp/cache \
     MPLCONFIGDIR=/tmp/matplotlib TRITON_CACHE_DIR=/tmp/triton TORCHINDUCTOR_CACHE_DIR=/tmp/inductor NUMBA_CACHE_DIR=/tmp/numba \
     PYTHONUNBUFFERED=1 PYTHONUTF8=1 PYTHONDONTWRITEBYTECODE=1 PYTHONNOUSERSITE=1
 WORKDIR /opt/app
