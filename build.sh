@@ -35,7 +35,7 @@ build_image() {
     # an engine without a bridge has no network of its own for the build
     "$docker" network inspect bridge >/dev/null 2>&1 || options+=(--network host)
     # an attestation would make `docker save` write a second manifest, which the platform refuses
-    if "$docker" build --help 2>/dev/null | grep -q -- --provenance; then options+=(--provenance=false); fi
+    case $("$docker" build --help 2>/dev/null) in *--provenance*) options+=(--provenance=false) ;; esac
     [ -z "${BASE_IMAGE:-}" ] || options+=(--build-arg "BASE_IMAGE=$BASE_IMAGE")
     # shellcheck disable=SC2086  # several options in one variable
     "$docker" build --platform linux/amd64 "${options[@]}" --build-arg "ENSEMBLE=$ensemble" ${DOCKER_BUILD_ARGS:-} --tag "$image" .

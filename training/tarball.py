@@ -1,0 +1,72 @@
+"""Packs an ensemble as the model tarball that Grand Challenge unpacks to /opt/ml/model before each job.
+
+Standard library only, so that it runs where the image is built.
+`python -m training.tarball ENSEMBLE OUTPUT [--without-base]` prints the tarball's path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import sys
+import tarfile
+from pathlib import Path
+
+from inference.errors import UserError
+from inference.manifest import check_hashes, load_manifest
+
+
+def write_model_tarball(ensemble: Path, output: Path, with_base: bool = True) -> Path:
+    """Write `output`/NAME-model.tar.gz and return its path. The same ensemble always gives the same bytes.
+
+    Its files lie at the root of the archive, because the platform unpacks it right into /opt/ml/model. The base is
+    packed too, also one that several ensembles share: the image's own base may be another.
+
+    with_base: False saves the upload of a large base that the image already holds
+    Raises UserError where the folder is no valid ensemble or a file is not the one that its manifest names.
+    """
+    manifest = load_manifest(ensemble)
+    check_hashes([*manifest.files.items(), (manifest.base, manifest.base_sha256)])
+    members = {str(path.relative_to(ensemble)): path for path in ensemble.rglob("*") if path.is_file()}
+    members = {
+        name: path for name, path in members.items() if not any(part.startswith(".") for part in Path(name).parts)
+    }
+    members.pop(manifest.base.name, None)
+    if with_base:
+        members[manifest.base.name] = manifest.base
+    output.mkdir(parents=True, exist_ok=True)
+    target = output / f"{manifest.name}-model.tar.gz"
+    partial = target.with_suffix(".partial")
+    # weights hardly compress: the fastest level, no file name and no time in the header
+    with (
+        partial.open("wb") as raw,
+        gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0) as stream,
+        tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as archive,
+    ):
+        for name, path in sorted(members.items()):
+            entry = tarfile.TarInfo(name)  # owner root, time 0
+            entry.size, entry.mode = path.stat().st_size, 0o644
+            with path.open("rb") as content:
+                archive.addfile(entry, content)
+    partial.replace(target)
+    return target
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.tarball", description="Pack an ensemble as a model tarball."
+    )
+    parser.add_argument("ensemble", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--without-base", action="store_true", help="the image that it is for holds the base already")
+    options = parser.parse_args(arguments)
+    try:
+        print(write_model_tarball(options.ensemble, options.output, with_base=not options.without_base))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
