@@ -14,6 +14,7 @@ from typing import Any
 
 from test.harness.findings import Finding, passed
 from test.harness.savedimage import UNREADABLE, Layer, SavedImage, executable, find_file, read_image
+from test.harness.shim import unsafe
 
 SUFFIXES = (".tar", ".tar.gz", ".tar.xz")
 USER = re.compile(r"([A-Za-z][A-Za-z0-9._-]*|[0-9]+)(:([A-Za-z][A-Za-z0-9._-]*|[0-9]+))?")
@@ -166,10 +167,9 @@ def check_model(path: Path, image: SavedImage) -> list[Finding]:
             findings.append(Finding("fail", "a model must be a gzip file with a name that ends in .tar.gz", fix))
     with tarfile.open(path) as tar:
         for member in tar:
-            try:
-                tarfile.data_filter(member, "/opt/ml/model")
-            except tarfile.FilterError as error:
-                message = f"Tarfile could not be extracted: {error}"
+            reason = unsafe(member)
+            if reason:
+                message = f"Tarfile could not be extracted: {reason}"
                 findings.append(Finding("fail", message, "pack plain files with relative names, no outside links"))
                 break
     tops = [name for name in image.names if name.removeprefix("./") == "ensemble.json"]
