@@ -64,7 +64,7 @@ def _vit_targets(mlp: str = "fc1|fc2") -> dict[str, str]:
 _VIRCHOW = dict(img_size=224, init_values=1e-5, mlp_ratio=5.3375, mlp_layer="SwiGLUPacked", act_layer="silu")
 _LITE_TARGETS = {
     "pointwise": r"blocks\.\d+\.\d+\.conv_(pw|pwl)|conv_head",
-    "expand": r"blocks\.\d+\.\d+\.conv_pw|conv_head",
+    "late": r"blocks\.[2-6]\.\d+\.conv_(pw|pwl)|conv_head",  # no backward pass through the widest maps
 }
 
 

@@ -39,3 +39,8 @@ def ami_br(folder: Path) -> list[Crop]:
             crops.append(Crop(path, int(row["final_label"] == "Atypical"), f"{row['dataset']}/{row['slide']}",
                               f"human breast cancer x {scanner}", votes))
     return crops
+
+
+def load_data(places: list[Path]) -> list[Crop]:
+    """The merged table of all data sets in `places`."""
+    return [crop for place in places for crop in ami_br(place)]

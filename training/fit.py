@@ -7,7 +7,10 @@ killed and resumed ends in the same adapters as one that was not, on one process
 
 from __future__ import annotations
 
+import argparse
 import csv
+import dataclasses
+import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -19,15 +22,18 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from inference.errors import UserError
+from inference.manifest import BASES
 from inference.preprocess import TTA_VIEWS, normalise, to_batch, views
 from inference.stack import read_stack
 
 from .augment import augment, mixup
-from .data import Crop
+from .data import Crop, load_data
 from .lora import freeze_statistics, lora_model, trainable
 from .losses import focal, weights_by
 from .metrics import roc_auc
-from .recipe import Recipe
+from .recipe import Recipe, load_recipe
+from .splits import read_split, split, write_split
 
 CANVAS = 1.6  # canvas side over crop side: room for rotation, shift and magnification without padding
 
@@ -248,3 +254,41 @@ def _log(out: Path, epoch: int, values: dict[str, float]) -> None:
         writer = csv.DictWriter(lines, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", default="default", help="a name in training/recipes or a .toml file")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting of the recipe")
+    parser.add_argument("--data", type=Path, action="append", required=True, help="a data set's folder or CSV; repeatable")
+    parser.add_argument("--run", type=Path, help="run folder (default runs/<recipe>)")
+    parser.add_argument("--base", type=Path, help="base weights (default weights/bases/<backbone>.safetensors)")
+    parser.add_argument("--fold", type=int, action="append", help="only this fold; repeatable")
+
+
+def run(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe, options.set)
+    folder = options.run or Path("runs") / Path(options.recipe).stem
+    base = options.base or BASES / f"{recipe.backbone}.safetensors"
+    if not base.exists():
+        raise UserError(f"{base} is missing; it holds the base weights; run 'python -m training base {recipe.backbone}'")
+    crops = load_data(options.data)
+    accelerator = Accelerator(mixed_precision="no" if recipe.precision == "fp32" else recipe.precision)
+    fold = prepare(folder, recipe, crops, accelerator)
+    images = load_crops(crops)
+    for number in options.fold or sorted(set(fold.tolist())):
+        fit_fold(recipe, crops, images, fold, number, folder, base, accelerator)
+
+
+def prepare(folder: Path, recipe: Recipe, crops: Sequence[Crop], accelerator: Accelerator) -> np.ndarray:
+    """The run folder with recipe and split, or the split of the run that is there; UserError where it is another's."""
+    settings = json.dumps(dataclasses.asdict(recipe), indent=1) + "\n"
+    file, table = folder / "recipe.json", folder / "split.csv"
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        if file.exists() and file.read_text() != settings:
+            raise UserError(f"{file} holds other settings; expected the same run to go on; choose another --run folder")
+        if not table.exists():
+            write_split(table, crops, split(crops, recipe.split, recipe.folds, recipe.seed))
+        file.write_text(settings)
+    accelerator.wait_for_everyone()
+    return read_split(table, crops)

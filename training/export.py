@@ -1,0 +1,121 @@
+"""Write a finished run as an ensemble folder: adapters, manifest with hashes and provenance, model card."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import platform
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from inference.backbones import lookup
+from inference.ensemble import Ensemble
+from inference.errors import UserError
+from inference.manifest import BASES, FILE, FORMAT, load_manifest, sha256
+
+from .calibrate import calibrate, read_out_of_fold
+from .fit import load_crops
+from .recipe import from_dict
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+DRIFT_CROPS = 64
+DRIFT_ALLOWED = 0.02  # of P(atypical): a precision that moves a probability further is not allowed
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="a finished run folder of 'training fit'")
+    parser.add_argument("--output", type=Path, required=True, help="ensemble folder to write, such as weights/mine")
+    parser.add_argument("--name", help="name of the ensemble (default: the folder's)")
+    parser.add_argument("--base", type=Path, help="base weights (default weights/bases/<backbone>.safetensors)")
+    parser.add_argument("--include-base", action="store_true", help="copy the base into the folder too")
+
+
+def run(options: argparse.Namespace) -> None:
+    settings = json.loads((options.run / "recipe.json").read_text())
+    recipe = from_dict(settings)
+    row = lookup(recipe.backbone)
+    base = options.base or BASES / f"{recipe.backbone}.safetensors"
+    if not base.exists():
+        raise UserError(f"{base} is missing; it holds the base weights; run 'python -m training base {recipe.backbone}'")
+    calibration = calibrate(read_out_of_fold(options.run))
+    options.output.mkdir(parents=True, exist_ok=True)
+    folds = []
+    for source in sorted(options.run.glob("fold*"), key=lambda f: int(f.name[4:])):
+        target = options.output / source.name
+        target.mkdir(exist_ok=True)
+        for name in FILES:
+            shutil.copyfile(source / name, target / name)
+        clean_config(target / FILES[0], row.source)
+        folds.append({"folder": source.name, "sha256": {name: sha256(target / name) for name in FILES}})
+    if options.include_base:
+        shutil.copyfile(base, options.output / base.name)
+    preprocess = vars(recipe.preprocess())
+    manifest: dict[str, Any] = {
+        "format": FORMAT, "name": options.name or options.output.name, "backbone": recipe.backbone,
+        "pool": recipe.pool or row.pool, "base": {"file": base.name, "sha256": sha256(base)},
+        "preprocess": preprocess | {"mean": list(preprocess["mean"]), "std": list(preprocess["std"])},
+        "folds": folds, "tta": calibration["tta"], "averaging": calibration["averaging"],
+        "temperature": round(calibration["temperature"], 4), "threshold": round(calibration["threshold"], 4),
+        "precision": {"fp32": 0.0, "bf16": None, "fp16": None},
+        "licence": {"base": row.licence, "base_source": row.source, "adapters": "Apache-2.0"},
+        "provenance": provenance(options.run, settings, calibration),
+    }  # fmt: skip
+    write(options.output, manifest)
+    manifest["precision"] = measure_drift(options.output, options.run)
+    write(options.output, manifest)
+    load_manifest(options.output)
+    print(f"{options.output}: {len(folds)} folds, threshold {manifest['threshold']}, tta {manifest['tta']}, "
+          f"out-of-fold balanced accuracy {calibration['balanced_accuracy']:.4f}, AUC {calibration['auc']:.4f}")  # fmt: skip
+    print(f"largest change of P(atypical) to fp32: {manifest['precision']}")
+
+
+def write(folder: Path, manifest: dict[str, Any]) -> None:
+    (folder / FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def clean_config(file: Path, source: str) -> None:
+    """PEFT's configuration, with the base's public name in place of a local one, keys in a fixed order."""
+    config = json.loads(file.read_text()) | {"base_model_name_or_path": source, "inference_mode": True}
+    file.write_text(json.dumps(dict(sorted(config.items())), indent=1) + "\n")
+
+
+def provenance(run: Path, settings: dict[str, Any], calibration: dict[str, Any]) -> dict[str, Any]:
+    packages = ("torch", "timm", "peft", "numpy")
+    keep = ("crops", "atypical", "balanced_accuracy", "balanced_accuracy_interval", "balanced_accuracy_at_half", "auc",
+            "threshold_interval")  # fmt: skip
+    data = run / "data.json"
+    return {
+        "recipe": settings,
+        "data": json.loads(data.read_text()) if data.exists() else {},
+        "split_sha256": sha256(run / "split.csv"),
+        "out_of_fold": {key: calibration[key] for key in keep},
+        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
+    }
+
+
+def measure_drift(folder: Path, run: Path) -> dict[str, float | None]:
+    """The largest change of P(atypical) against fp32 on real crops of the run; None where a precision is not allowed."""
+    from .data import Crop
+
+    with (run / "split.csv").open(newline="") as lines:
+        paths = [Path(row["path"]) for row in csv.DictReader(lines)]
+    chosen = np.random.default_rng(0).permutation(len(paths))[:DRIFT_CROPS]
+    crops = load_crops([Crop(paths[n], 0, "", "") for n in chosen])
+    exact = Ensemble.load(folder, "cpu", "fp32").predict(crops).p_atypical
+    drift: dict[str, float | None] = {"fp32": 0.0}
+    fp16_safe = lookup(load_manifest(folder).backbone).fp16_safe
+    for precision in ("bf16", "fp16"):
+        if precision == "fp16" and not fp16_safe:
+            drift[precision] = None
+            continue
+        found = Ensemble.load(folder, "auto", precision).predict(crops).p_atypical
+        largest = float(np.abs(found - exact).max())
+        drift[precision] = round(largest, 5) if largest <= DRIFT_ALLOWED else None
+    return drift
+
+
