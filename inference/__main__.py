@@ -1,4 +1,5 @@
-"""The command line: `python -m inference` runs one job as the platform starts it.
+"""The command line: `python -m inference` runs one job as the platform starts it; `python -m inference score` and the
+other commands are modules of their own.
 
 A job answers a stack in /input with a JSON file in /output. Exit code 0 with an empty stderr, or 1 with one line on stderr
 that says what was found, what was expected and what to do, and no output.
@@ -7,6 +8,7 @@ that says what was found, what was expected and what to do, and no output.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 import time
@@ -20,6 +22,13 @@ from .manifest import holds_ensemble, load_manifest, start_hash_check  # noqa: E
 
 MODEL_TARBALL = Path("/opt/ml/model")  # where the platform unpacks an uploaded model
 BUNDLED = Path(__file__).resolve().parent.parent / "weights" / "default"
+# each module has main(arguments) and is imported when it is asked for
+COMMANDS = {"score": "inference.score", "serve": "inference.serve", "doctor": "inference.doctor"}
+
+
+def default_weights() -> Path:
+    """The ensemble of a command that names none: the uploaded model where there is one, else ours."""
+    return MODEL_TARBALL if holds_ensemble(MODEL_TARBALL) else BUNDLED
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -37,7 +46,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def run_job(options: argparse.Namespace) -> None:
     """One job, from input folder to answer; logs to stdout what it computed with and the seconds of each phase."""
     clock = {"start": START}
-    weights = options.weights or (MODEL_TARBALL if holds_ensemble(MODEL_TARBALL) else BUNDLED)
+    weights = options.weights or default_weights()
     manifest = load_manifest(weights)
     hashes = start_hash_check(manifest)  # in a thread, while this one imports PyTorch
     stack = find_stack(options.input)
@@ -81,8 +90,11 @@ def run_job(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        run_job(parse(sys.argv[1:] if arguments is None else arguments))
+        if arguments and arguments[0] in COMMANDS:
+            return importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:])
+        run_job(parse(arguments))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
