@@ -296,7 +296,7 @@ def test_command_line_on_the_sample(tmp_path: Path, capsys: pytest.CaptureFixtur
     options = ["--engine", "native", "--no-build", "--output", str(tmp_path / "out"), "--truth", truth]
     assert command_line.main(options) == 0
     table = capsys.readouterr().out
-    assert "    15  atypical       0.9375   0.010    0.094" in table
+    assert "    15  atypical       0.9375   0.010    0.031" in table
     assert "load 1.00, predict 0.50" in table
     assert "roc_auc" in table
     assert len(json.loads((tmp_path / "out" / ANSWER).read_text())) == 16

@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
         if options.many:
             report.print_row(results[-1])
-        else:
+        elif results[-1].answers:
             report.print_pages(results[-1])
         for finding in results[-1].findings:
             if finding.level != "pass" or not options.many:
@@ -148,7 +148,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(*findings, sep="\n", end="\n" if findings else "")
         good = good and all(finding.level != "fail" for finding in findings)
     passes = sum(result.passed for result in results)
-    print(f"{passes} of {len(results)} stacks passed every check; answers and logs are in {options.output}")
+    where = os.path.relpath(options.output)
+    print(f"{passes} of {len(results)} stacks passed every check; answers and logs are in {where}")
     return 0 if good else 1
 
 

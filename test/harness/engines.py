@@ -105,11 +105,12 @@ def run_docker(image: str, folder: Path, pk: str, weights: Path | None, limits: 
         "owner": [os.getuid(), os.getgid()],
     }
     (folder / "job.json").write_text(json.dumps(job))
-    (folder / "tmp").mkdir(mode=0o777)
+    (folder / "tmp").mkdir()
+    folder.chmod(0o700)  # root's: the job finds /harness closed
     name = f"harness-{uuid.uuid4()}"
     options = ["--rm", "--name", name, "--network", "none", "--user", "0", "--entrypoint", "python3"]
     options += ["--memory", f"{limits.memory_gib}g", "--memory-swap", f"{limits.memory_gib}g", "--shm-size", limits.shm]
-    options += ["--cpus", str(min(limits.cpus, os.cpu_count() or 1))]
+    options += ["--env", "PYTHONCOERCECLOCALE=0", "--cpus", str(min(limits.cpus, os.cpu_count() or 1))]
     volumes = [f"{folder}:/harness", f"{folder / 'tmp'}:/tmp", f"{SHIM}:/shim.py:ro"]
     if weights is not None:
         volumes.append(f"{weights}:{'/harness/model.tar.gz' if tarball else '/opt/ml/model'}:ro")

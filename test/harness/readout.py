@@ -24,7 +24,8 @@ def judge(run: Run, pages: int) -> tuple[list[dict[str, Any]] | None, list[Findi
         pages: crops in its stack; the evaluator wants as many answers.
     Returns: the answers as the evaluator sees them (None when it gets none), and what was found.
     """
-    findings = judge_logs(run.stdout, run.stderr) + judge_end(run)
+    findings = judge_end(run)
+    findings += judge_logs(run.stdout, run.stderr if passed(findings) else b"")  # its last line stands above
     if not passed(findings):
         return None, findings
     answers, found = read_answers(run.output, pages)
@@ -43,9 +44,9 @@ def judge_end(run: Run) -> list[Finding]:
     if run.code != 0:
         lines = [line for line in run.stderr.decode(errors="replace").splitlines() if line.strip()]
         message = lines[-1].strip()[:ERROR_CHARS] if lines else "no errors were reported in the logs"
-        fix = (
-            "stay below 15 GiB of data memory" if "MemoryError" in message or "bad_alloc" in message else "see the log"
-        )
+        fix = "see stderr.log in the output folder"
+        if "MemoryError" in message or "bad_alloc" in message:
+            fix = "stay below 15 GiB of data memory"
         return [Finding("fail", f"The job ended with exit code {run.code}: {message}", fix)]
     findings = [Finding("pass", f"exit code 0 after {run.seconds:.1f} s, peak memory {run.peak_mib / 1024:.2f} GiB")]
     if run.streams_held:

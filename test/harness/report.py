@@ -27,11 +27,11 @@ class Result:
 
 
 def print_pages(result: Result) -> None:
-    """Table of one stack: page, class, P(atypical), spread over the folds; then the seconds per phase."""
+    """Table of one stack: page, class, P(atypical), spread over the folds, seconds of prediction."""
     details = result.run.details
     spreads = {page["page"]: page["spread"] for page in details.get("pages", [])}
     seconds = details.get("seconds", {})
-    share = sum(value for name, value in seconds.items() if name != "total") / max(result.pages, 1)
+    share = seconds.get("predict", 0) / max(result.pages, 1)
     print(f"  {'page':>4}  {'class':<8}  {'P(atypical)':>11}  {'spread':>6}  {'seconds':>7}")
     for page, answer in enumerate(result.answers or []):
         spread = f"{spreads[page]:6.3f}" if spreads.get(page) is not None else "     -"

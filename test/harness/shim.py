@@ -72,23 +72,21 @@ def reset_folders(job: dict[str, Any], files: Path) -> None:
     source, linked = Path(job["input_source"]), Path(job["input"])
     try:
         if job["link_input"]:
-            if linked.is_symlink():
-                linked.unlink()
-            elif linked.is_dir():
+            if linked.is_dir() and not linked.is_symlink():
                 clean(linked)
                 linked.rmdir()
+            linked.unlink(missing_ok=True)
             source.parent.mkdir(parents=True, exist_ok=True)
             shutil.copytree(files / "input", source)
             linked.symlink_to(source)
         else:  # a read-only root has no place for a link
             source = linked
             shutil.copytree(files / "input", source, dirs_exist_ok=True)
-        output = Path(job["output"])
-        output.mkdir(parents=True, exist_ok=True)
-        clean(output)
+        Path(job["output"]).mkdir(parents=True, exist_ok=True)
+        clean(Path(job["output"]))
     except OSError as error:
         raise SetupError(f"The input and output directories could not be reset: {error}") from error
-    for path in [source, *source.rglob("*")]:
+    for path in (source, *source.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
     for name in [job["output"], job["tmp"], *job["writable"]]:
         folder = Path(name)
@@ -115,7 +113,7 @@ def unsafe(member: tarfile.TarInfo) -> str | None:
 
 
 def unpack_model(job: dict[str, Any]) -> None:
-    """Unpacks the model tarball as the platform does with `filter="data"`; everything belongs to the image's user."""
+    """Unpacks the model tarball as `filter="data"` does; everything belongs to the image's user."""
     try:
         with tarfile.open(job["model_tarball"]) as tar:
             for member in tar:
@@ -147,6 +145,7 @@ def oom_kills() -> int:
 def run_command(job: dict[str, Any], files: Path) -> dict[str, Any]:
     """Runs the command to its end and returns its part of result.json."""
     env = {k: v for k, v in os.environ.items() if not k.lower().startswith("grand_challenge_")} | job["env"]
+    env.pop("PYTHONCOERCECLOCALE", None)  # set by the caller, lest this Python adds LC_CTYPE
     identity: dict[str, Any] = {}
     if job["user"]:
         uid, gid, groups, home = find_user(job["user"])
@@ -195,9 +194,8 @@ def run_command(job: dict[str, Any], files: Path) -> dict[str, Any]:
     for reader in readers:
         reader.join(max(0, deadline - time.monotonic()))
     held = any(reader.is_alive() for reader in readers)
-    if held:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # what the job left running
+        os.killpg(process.pid, signal.SIGKILL)
     return {
         "code": code,
         "timed_out": timed_out,
@@ -244,7 +242,7 @@ def main(argument: str) -> int:
         if os.path.isdir(name):
             clean(Path(name))
     if job["owner"] and os.geteuid() == 0:
-        for path in [*files.rglob("*")]:
+        for path in files.rglob("*"):
             os.chown(path, *job["owner"], follow_symlinks=False)
     return 0
 
