@@ -182,13 +182,14 @@ def test_weights_as_tarball_and_as_folder(
     folder = tmp_path / "ensemble"
     folder.mkdir()
     (folder / "ensemble.json").write_text("{}")
+    (folder / "ensemble.json").chmod(0o600)
     tarball = tmp_path / "model.tar.gz"
     subprocess.run(["tar", "-czf", tarball, "-C", folder, "."], check=True)
     image = build(WRITE + "print(os.listdir('/opt/ml/model'), os.stat('/opt/ml/model/ensemble.json').st_uid)")
-    for weights, owner in ((tarball, 1000), (folder, os.getuid())):
-        ended, findings = run(image, weights=weights)
+    for weights, strict in ((tarball, False), (tarball, True), (folder, False), (folder, True)):
+        ended, findings = run(image, weights=weights, strict=strict)
         assert passed(findings), failures(findings)
-        assert ended.stdout.decode() == f"['ensemble.json'] {owner}\n"
+        assert ended.stdout == b"['ensemble.json'] 1000\n"
 
 
 def test_preflight_of_files_that_docker_saved(build: Callable[..., str], tmp_path: Path) -> None:

@@ -131,20 +131,18 @@ def test_a_hang_gets_term_and_may_end_cleanly(run: Callable[..., Outcome]) -> No
     assert "Time limit exceeded" in messages(findings)
     assert answers is None
     assert ended.stdout == b"got TERM\n"
-    assert ended.seconds < 4
+    assert ended.seconds < 5  # not killed
 
 
-def test_a_hang_that_ignores_term_is_killed_with_its_children(run: Callable[..., Outcome], tmp_path: Path) -> None:
-    program = f"""
-import os, signal, time
-signal.signal(15, signal.SIG_IGN)
-open({str(tmp_path / "pids")!r}, "w").write(str(os.getpid() if os.fork() else ""))
-time.sleep(60)
-"""
+def test_a_hang_that_ignores_term_is_killed_with_its_children(run: Callable[..., Outcome]) -> None:
+    program = "import os, signal, time; signal.signal(15, signal.SIG_IGN); print(os.fork()); time.sleep(60)"
     ended, _, findings = run(program, seconds=0.5)
     assert "Time limit exceeded" in messages(findings)
     assert ended.code == -9
-    assert 5 <= ended.seconds < 9
+    assert ended.seconds >= 5
+    for pid in (int(line) for line in ended.stdout.split() if line != b"0"):
+        state = Path(f"/proc/{pid}/stat")  # gone, or a zombie until its new parent looks
+        assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
 def test_a_child_that_keeps_stdout_open_is_found(run: Callable[..., Outcome]) -> None:
@@ -323,6 +321,23 @@ def test_command_line_refuses_missing_files(tmp_path: Path, capsys: pytest.Captu
     assert "no stack here" in capsys.readouterr().err
     assert command_line.main(["--engine", "native", "--no-build", "--weights", str(tmp_path / "w")]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_missing_and_stale_images_are_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[list[str]] = []
+    created = {"old": "2020-01-01T00:00:00.123456789Z", "new": "2099-01-01T00:00:00Z"}
+    monkeypatch.setattr(engines, "inspect", lambda tag: {"Created": created[tag]} if tag in created else None)
+
+    def build(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        calls.append([*command[1:], env["IMAGE"]])
+        return subprocess.CompletedProcess(command, 1 if env["IMAGE"] == "broken" else 0)
+
+    monkeypatch.setattr(subprocess, "run", build)
+    for tag in ("old", "new", "missing"):
+        command_line.build("docker", tag)
+    assert calls == [["--engine", "docker", "old"], ["--engine", "docker", "missing"]]
+    with pytest.raises(RuntimeError, match=r"build\.sh --engine docker failed"):
+        command_line.build("docker", "broken")
 
 
 def test_run_local_prefers_this_repository_to_the_standard_library(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from test.harness.findings import Finding
 
 ROOT = engines.ROOT
 SAMPLE = ROOT / "test/sample"
+OUR_IMAGE = os.environ.get("IMAGE", "midog-lora")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -28,7 +30,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--weights", type=Path, help="ensemble folder, or model tarball, in place of the bundled ensemble")
     add("--truth", type=Path, metavar="ground_truth.json", help="score the answers; writes metrics.json")
     add("--engine", choices=("docker", "native"), help="default: docker where an engine answers")
-    add("--image", default=os.environ.get("IMAGE", "midog-lora"), help="default: $IMAGE, else midog-lora")
+    add("--image", help="any image, which is run as it is; default: our own, tagged $IMAGE or midog-lora")
     add("--no-build", action="store_true", help="run what is there, stale or not")
     add("--strict", action="store_true", help="read-only root, no capabilities, no new privileges, 256 processes")
     add("--gpus", choices=("auto", "all", "none"), default="auto", help="default: what the host has")
@@ -117,11 +119,14 @@ def main(arguments: list[str] | None = None) -> int:
         for path in (options.weights, options.truth):
             if path is not None and not path.exists():
                 raise FileNotFoundError(f"{path} does not exist")
-        if not options.no_build:
-            build(options.engine, options.image)
+        if options.truth and not importlib.util.find_spec("numpy"):
+            raise RuntimeError("--truth needs numpy; make .venv with ./build.sh --engine native, or install numpy")
+        if not (options.no_build or options.image):
+            build(options.engine, OUR_IMAGE)
     except (OSError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 2
+    options.image = options.image or OUR_IMAGE
     options.weights = options.weights and options.weights.resolve()
     options.many = options.input.is_dir()
     where = f"container of {options.image}" if options.engine == "docker" else "native, no container"

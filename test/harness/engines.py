@@ -79,7 +79,7 @@ def run_docker(image: str, folder: Path, pk: str, weights: Path | None, limits: 
     Args:
         image: tag; its ENTRYPOINT, CMD, USER and WORKDIR are handed to the shim, which runs as root in its place.
         folder: the job's folder with input/; receives output/, the logs and result.json.
-        weights: None, an ensemble folder (mounted read-only at /opt/ml/model) or a model tarball (unpacked there).
+        weights: None, or what appears at /opt/ml/model: an ensemble folder (copied) or a model tarball (unpacked).
     Raises: RuntimeError when the image is missing or has no command.
     """
     about = inspect(image)
@@ -89,7 +89,6 @@ def run_docker(image: str, folder: Path, pk: str, weights: Path | None, limits: 
     command = (config.get("Entrypoint") or []) + (config.get("Cmd") or [])
     if not command:
         raise RuntimeError(f"{image} has neither ENTRYPOINT nor CMD: the platform cannot start it; add an ENTRYPOINT")
-    tarball = weights is not None and weights.is_file()
     details = "/tmp/details.json" if command[-2:] == OURS else None
     job = describe(command + (["--details", details] if details else []), config.get("WorkingDir") or "/", limits) | {
         "user": config.get("User") or "",
@@ -99,7 +98,7 @@ def run_docker(image: str, folder: Path, pk: str, weights: Path | None, limits: 
         "output": "/output",
         "tmp": "/tmp",
         "model": "/opt/ml/model",
-        "model_tarball": "/harness/model.tar.gz" if tarball else None,
+        "model_source": "/weights" if weights is not None else None,
         "writable": [f"/opt/ml/{name}" for name in ("model", "output/data", "checkpoints", "input/data/ground_truth")],
         "details": details,
         "owner": [os.getuid(), os.getgid()],
@@ -113,7 +112,8 @@ def run_docker(image: str, folder: Path, pk: str, weights: Path | None, limits: 
     options += ["--env", "PYTHONCOERCECLOCALE=0", "--cpus", str(min(limits.cpus, os.cpu_count() or 1))]
     volumes = [f"{folder}:/harness", f"{folder / 'tmp'}:/tmp", f"{SHIM}:/shim.py:ro"]
     if weights is not None:
-        volumes.append(f"{weights}:{'/harness/model.tar.gz' if tarball else '/opt/ml/model'}:ro")
+        (folder / "model").mkdir()
+        volumes += [f"{weights}:/weights:ro", f"{folder / 'model'}:/opt/ml/model"]
     options += [f"--volume={volume}" for volume in volumes]
     if limits.gpus == "all" or (limits.gpus == "auto" and has_gpus()):
         options += ["--gpus", "all"]
@@ -156,7 +156,7 @@ def run_native(folder: Path, pk: str, weights: Path | None, limits: Limits, comm
         **places,
         "link_input": True,
         "model": str(model),
-        "model_tarball": str(weights) if weights is not None and weights.is_file() else None,
+        "model_source": str(weights) if weights is not None and weights.is_file() else None,
         "writable": [str(model)],
         "details": details,
         "owner": None,

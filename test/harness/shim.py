@@ -88,14 +88,9 @@ def reset_folders(job: dict[str, Any], files: Path) -> None:
         raise SetupError(f"The input and output directories could not be reset: {error}") from error
     for path in (source, *source.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
-    for name in [job["output"], job["tmp"], *job["writable"]]:
-        folder = Path(name)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            folder.chmod(0o777)
-        except OSError:
-            if not os.path.ismount(folder):  # a model folder mounted read-only stays as it is
-                raise
+    for name in (job["output"], job["tmp"], *job["writable"]):
+        Path(name).mkdir(parents=True, exist_ok=True)
+        Path(name).chmod(0o777)
 
 
 def unsafe(member: tarfile.TarInfo) -> str | None:
@@ -112,16 +107,20 @@ def unsafe(member: tarfile.TarInfo) -> str | None:
     return None
 
 
-def unpack_model(job: dict[str, Any]) -> None:
-    """Unpacks the model tarball as `filter="data"` does; everything belongs to the image's user."""
+def set_up_model(job: dict[str, Any]) -> None:
+    """Unpacks the model tarball as `filter="data"` does (or copies a folder); all of it belongs to the image's user."""
     try:
-        with tarfile.open(job["model_tarball"]) as tar:
-            for member in tar:
-                reason = unsafe(member)
-                if reason:
-                    raise tarfile.TarError(reason)
-                member.name, member.mode = member.name.lstrip("/"), member.mode & 0o755
-                tar.extract(member, job["model"])
+        if os.path.isdir(job["model_source"]):
+            shutil.copytree(job["model_source"], job["model"], dirs_exist_ok=True)
+        else:
+            with tarfile.open(job["model_source"]) as tar:
+                for member in tar:
+                    reason = unsafe(member)
+                    if reason:
+                        raise tarfile.TarError(reason)
+                    member.name = member.name.lstrip("/")
+                    member.mode = member.mode & 0o755 | (0o700 if member.isdir() else 0o600)
+                    tar.extract(member, job["model"])
     except (tarfile.TarError, OSError, EOFError) as error:
         raise SetupError(f"Could not set up model: Tarfile could not be extracted ({error})") from error
     if job["user"]:
@@ -227,8 +226,8 @@ def main(argument: str) -> int:
     result: dict[str, Any] = {"code": None, "error": None}
     try:
         reset_folders(job, files)
-        if job["model_tarball"]:
-            unpack_model(job)
+        if job["model_source"]:
+            set_up_model(job)
         result.update(run_command(job, files))
         (files / "output").mkdir()
         if result["code"] == 0:
