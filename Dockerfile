@@ -67,4 +67,7 @@ WORKDIR /opt/app
 COPY --from=base-weights /opt/base /opt/app/weights/bases
 COPY --from=app /opt/app /opt/app
 USER user
+# opened once as the job will open it, by its user: missing, unreadable or altered weights fail here and not on the platform
+RUN python -c "from pathlib import Path; from inference.ensemble import Ensemble; \
+print('opened', Ensemble.load(Path('weights/default'), device='cpu').manifest.name)" && rm -rf /tmp/*
 ENTRYPOINT ["python", "-m", "inference"]
