@@ -30,11 +30,18 @@ install_missing() {
     say "installing ${missing[*]}"
     export DEBIAN_FRONTEND=noninteractive
     apt-get update -qq || say "apt-get update reported errors; going on with the lists that are there"
-    # no service is started by the packages: this script starts dockerd with its own options
     apt-get install -y -qq --no-install-recommends "${missing[@]}" >"$state/apt.log" 2>&1 || { tail -n 20 "$state/apt.log" >&2; return 1; }
 }
 
 start_engine() {
+    # pid files that outlived their process (a machine that was stopped): the number may belong to another one by now
+    local file
+    for file in /var/run/docker.pid /var/run/docker/containerd/containerd.pid; do
+        case $(cat "/proc/$(cat "$file" 2>/dev/null || echo none)/comm" 2>/dev/null) in
+            dockerd | containerd) ;;
+            *) rm -f "$file" ;;
+        esac
+    done
     say "starting dockerd (log: $state/dockerd.log)"
     # no bridge and no firewall rules: containers get either no network or the host's, and neither needs kernel modules
     setsid nohup dockerd --iptables=false --bridge=none >"$state/dockerd.log" 2>&1 </dev/null &
@@ -61,6 +68,10 @@ provide_base() {
     local docker=$1 root=$state/bookworm
     if "$docker" image inspect "$base" >/dev/null 2>&1; then say "$base is there"; return; fi
     if timeout 90 "$docker" pull --quiet "$base" >/dev/null 2>&1; then say "pulled $base"; return; fi
+    if ! command -v debootstrap >/dev/null; then
+        [ "$(id -u)" = 0 ] || { say "$base cannot be pulled, and only root can install debootstrap to make a stand-in" >&2; return 1; }
+        install_missing
+    fi
     say "$base cannot be pulled: a stand-in is made by debootstrap from $(mirror)"
     rm -rf "$root"
     debootstrap --variant=minbase --include=python3,python3-venv,python3-pip,ca-certificates bookworm "$root" "$(mirror)" \
@@ -80,11 +91,10 @@ case ${1:-} in
         if ! client >/dev/null; then
             [ "$(id -u)" = 0 ] || { say "no Docker engine answers, and only root can start one here" >&2; exit 1; }
             install_missing
-            start_engine
+            client >/dev/null || start_engine # with an init system the package has started one itself
         fi
-        docker=$(client)
+        docker=$(client) # the one that reaches it
         say "engine $("$docker" version --format '{{.Server.Version}}') through $(command -v "$docker")"
-        command -v debootstrap >/dev/null || { [ "$(id -u)" = 0 ] && install_missing; }
         provide_base "$docker"
         ;;
     stop)
