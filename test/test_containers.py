@@ -11,13 +11,12 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from PIL import Image
 
 from test.harness import __main__ as command_line
 from test.harness import engines, layout, readout
 from test.harness.findings import Finding, passed
 from test.harness.preflight import check_file
-from test.stacks import write_stack
+from test.programs import make_stack, messages
 
 BASE = os.environ.get("BASE_IMAGE", "python:3.11-slim-bookworm")
 IMAGE = os.environ.get("IMAGE", "midog-lora")
@@ -64,17 +63,12 @@ Outcome = tuple[engines.Run, list[Finding]]
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[..., Outcome]:
     def run_image(image: str, weights: Path | None = None, **limits: object) -> Outcome:
-        stack, folder = tmp_path / "stack_3.tiff", tmp_path / uuid.uuid4().hex
-        write_stack(stack, [Image.new("RGB", (8, 8), (k, k, k)) for k in range(3)])
+        stack, folder = make_stack(tmp_path / "stack_3.tiff"), tmp_path / uuid.uuid4().hex
         pk = layout.write_input(stack, folder / "input", "2026", Random(0))
         ended = engines.run_docker(image, folder, pk, weights, engines.Limits(**{"seconds": 30, **limits}))  # type: ignore[arg-type]
         return ended, readout.judge(ended, 3)[1]
 
     return run_image
-
-
-def failures(findings: list[Finding]) -> str:
-    return "\n".join(finding.message for finding in findings if finding.level == "fail")
 
 
 def test_what_a_job_finds(build: Callable[..., str], run: Callable[..., Outcome]) -> None:
@@ -96,7 +90,7 @@ print(json.dumps({"uid": os.getuid(), "home": os.environ["HOME"], "env": list(os
     )
     lines = "ENV GRAND_CHALLENGE_X=1 MINE=1\nRUN touch /tmp/baked && mkdir -p /output /opt/app && touch /output/stale\n"
     ended, findings = run(build(script, lines + "WORKDIR /opt/app\n" + USER))
-    assert passed(findings), failures(findings)
+    assert passed(findings), messages(findings)
     seen = json.loads(ended.stdout)
     assert seen["uid"] == 1000
     assert seen["home"] == "/home/user"
@@ -140,12 +134,12 @@ def test_a_number_without_passwd_line_keeps_roots_home(build: Callable[..., str]
 def test_broken_images_fail(
     build: Callable[..., str], run: Callable[..., Outcome], script: str, lines: str, message: str
 ) -> None:
-    assert message in failures(run(build(script, lines))[1])
+    assert message in messages(run(build(script, lines))[1])
 
 
 def test_a_hang_is_ended(build: Callable[..., str], run: Callable[..., Outcome]) -> None:
     ended, findings = run(build("import time; time.sleep(100)"), seconds=1)
-    assert "Time limit exceeded" in failures(findings)
+    assert "Time limit exceeded" in messages(findings)
     assert ended.wall_seconds < 15
 
 
@@ -153,20 +147,20 @@ def test_memory_beyond_the_machine_is_killed(build: Callable[..., str], run: Cal
     """Shared memory is not data memory: no MemoryError, the kernel kills."""
     script = "import mmap\nm = mmap.mmap(-1, 3 * 2**30)\nfor k in range(0, len(m), 4096): m[k] = 1\n"
     _, findings = run(build(script), memory_gib=2)
-    assert "killed as it exceeded its memory limit" in failures(findings)
+    assert "killed as it exceeded its memory limit" in messages(findings)
 
 
 def test_strict_run_is_read_only_without_capabilities(build: Callable[..., str], run: Callable[..., Outcome]) -> None:
     status = "d = dict(l.split(':', 1) for l in open('/proc/self/status'))\nprint(d['CapEff'], d['NoNewPrivs'])\n"
     ended, findings = run(build(WRITE + status), strict=True)
-    assert passed(findings), failures(findings)
+    assert passed(findings), messages(findings)
     assert ended.stdout.split() == [b"0000000000000000", b"1"]
 
 
 def test_only_a_strict_run_fails_a_cache_in_the_home(build: Callable[..., str], run: Callable[..., Outcome]) -> None:
     image = build(WRITE + "open(os.path.expanduser('~/cache'), 'w')")
     assert passed(run(image)[1])
-    assert "Read-only file system" in failures(run(image, strict=True)[1])
+    assert "Read-only file system" in messages(run(image, strict=True)[1])
 
 
 def test_an_image_without_command_cannot_start(build: Callable[..., str], run: Callable[..., Outcome]) -> None:
@@ -188,7 +182,7 @@ def test_weights_as_tarball_and_as_folder(
     image = build(WRITE + "print(os.listdir('/opt/ml/model'), os.stat('/opt/ml/model/ensemble.json').st_uid)")
     for weights, strict in ((tarball, False), (tarball, True), (folder, False), (folder, True)):
         ended, findings = run(image, weights=weights, strict=strict)
-        assert passed(findings), failures(findings)
+        assert passed(findings), messages(findings)
         assert ended.stdout == b"['ensemble.json'] 1000\n"
 
 
@@ -201,10 +195,10 @@ def test_preflight_of_files_that_docker_saved(build: Callable[..., str], tmp_pat
         return check_file(path)
 
     findings = check(good)
-    assert passed(findings), failures(findings)
+    assert passed(findings), messages(findings)
     assert not any(finding.level == "warn" for finding in findings)
-    assert "runs as root" in failures(check(root))
-    assert "only have 1 image, it has 2" in failures(check(good, root))
+    assert "runs as root" in messages(check(root))
+    assert "only have 1 image, it has 2" in messages(check(good, root))
 
 
 @pytest.mark.skipif(engines.inspect(IMAGE) is None, reason=f"no image {IMAGE} (./build.sh)")
