@@ -68,9 +68,10 @@ def docker() -> str | None:
 
 
 def inspect(image: str) -> dict[str, Any] | None:
-    """`docker image inspect`, or None when there is no such image."""
-    answer = subprocess.run([docker() or "docker", "image", "inspect", image], capture_output=True)
-    return json.loads(answer.stdout)[0] if answer.returncode == 0 else None
+    """`docker image inspect`, or None when there is no such image, or no engine."""
+    client = docker()
+    answer = client and subprocess.run([client, "image", "inspect", image], capture_output=True)
+    return json.loads(answer.stdout)[0] if answer and answer.returncode == 0 else None
 
 
 def run_docker(image: str, folder: Path, pk: str, weights: Path | None, limits: Limits) -> Run:
@@ -101,7 +102,6 @@ def run_docker(image: str, folder: Path, pk: str, weights: Path | None, limits: 
         "model_source": "/weights" if weights is not None else None,
         "writable": [f"/opt/ml/{name}" for name in ("model", "output/data", "checkpoints", "input/data/ground_truth")],
         "details": details,
-        "owner": [os.getuid(), os.getgid()],
     }
     (folder / "job.json").write_text(json.dumps(job))
     (folder / "tmp").mkdir()
@@ -159,7 +159,6 @@ def run_native(folder: Path, pk: str, weights: Path | None, limits: Limits, comm
         "model_source": str(weights) if weights is not None and weights.is_file() else None,
         "writable": [str(model)],
         "details": details,
-        "owner": None,
     }
     (folder / "job.json").write_text(json.dumps(job))
     keep = {k: v for k, v in os.environ.items() if k in ("PATH", "LD_LIBRARY_PATH", "LANG", "CUDA_VISIBLE_DEVICES")}

@@ -240,9 +240,9 @@ def main(argument: str) -> int:
     for name in [job["output"], job["tmp"]]:  # nothing stays, and the caller may remove the folders
         if os.path.isdir(name):
             clean(Path(name))
-    if job["owner"] and os.geteuid() == 0:
-        for path in files.rglob("*"):
-            os.chown(path, *job["owner"], follow_symlinks=False)
+    owner = os.stat(argument)  # the caller, also where user numbers are mapped
+    for path in files.rglob("*") if os.geteuid() == 0 else ():
+        os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
     return 0
 
 
