@@ -68,6 +68,17 @@ def lora_model(
     return wrapped
 
 
+def store_base_as(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Keep frozen linear and convolution weights in the precision that autocast computes them in anyway.
+
+    Same numbers, half the memory for the base, and no conversion in every step. Norms and embeddings stay in fp32.
+    """
+    for layer in model.modules():
+        kinds = (torch.nn.Linear, torch.nn.Conv2d)
+        if isinstance(layer, kinds) and not any(parameter.requires_grad for parameter in layer.parameters()):
+            layer.to(dtype)
+
+
 def trainable(model: torch.nn.Module) -> dict[str, int]:
     """Trainable parameters: {"adapters": ..., "head": ...}."""
     counts = {"adapters": 0, "head": 0}

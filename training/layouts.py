@@ -1,0 +1,229 @@
+"""The published layouts of the data sets, each read into the same table of labelled crops.
+
+A layout is known by the columns of its CSV, never guessed from pictures. What a loader cannot decide it reports: broken
+files as a UserError, oddities of the published labels as a line in `notes`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from inference.errors import UserError
+
+IMAGES = (".png", ".tif", ".tiff", ".jpg", ".jpeg")
+
+
+@dataclass(frozen=True)
+class Crop:
+    """path to the image; label (atypical = 1); group (slide or case); domain (tumour x scanner); votes (1 = atypical).
+
+    name: data set and file, the same on every machine
+    """
+
+    path: Path
+    label: int
+    group: str
+    domain: str
+    votes: tuple[int, ...] = ()
+    name: str = ""
+
+
+Row = dict[str, str]
+Loader = Callable[[Path, list[Row], list[str]], list[Crop]]  # (CSV file, its rows, notes to add to) -> crops
+
+
+def ami_br_scanner(dataset: str, slide: str) -> str:
+    """The scanner of an AMi-Br slide, which the data set does not list: by its number, as MIDOG21 and TUPAC16 state."""
+    found = re.match(r"\d+", slide)
+    if found is None:
+        raise UserError(
+            f"AMi-Br slide {slide!r} has no number; expected a name such as 002.tiff; take the published CSV"
+        )
+    number = int(found[0])
+    if dataset == "MIDOG21":
+        return ("Hamamatsu XR", "Hamamatsu S360", "Aperio CS2")[min((number - 1) // 50, 2)]
+    return "Aperio ScanScope XT" if number <= 23 else "Leica SCN400"
+
+
+def scanner_name(text: str) -> str:
+    """One spelling per scanner: MIDOG25 writes "Hamamatsu XR" and "Hammamatsu XR"."""
+    return re.sub(r"\s+", " ", text.strip()).replace("Hammamatsu", "Hamamatsu")
+
+
+def read_label(text: str, where: str) -> int:
+    """1 for atypical, 0 for normal, however the data sets write it."""
+    known = {"1": 1, "0": 0, "atypical": 1, "normal": 0, "amf": 1, "nmf": 0, "mf": 0, "true": 1, "false": 0}
+    if text.strip().lower() not in known:
+        raise UserError(f"{where}: label {text!r} is not known; expected one of {', '.join(known)}; correct the table")
+    return known[text.strip().lower()]
+
+
+def _folder_label(path: Path) -> int | None:
+    """What a crop's folder says about it, where it is called Atypical or Normal."""
+    return {"atypical": 1, "normal": 0}.get(path.parent.name.lower())
+
+
+def check_folders(crops: Iterable[Crop]) -> None:
+    wrong = [crop for crop in crops if _folder_label(crop.path) not in (None, crop.label)]
+    if wrong:
+        raise UserError(
+            f"{len(wrong)} crops lie in the folder of the other class (first: {wrong[0].path}, labelled {wrong[0].label}); expected "
+            " table and folders to agree; download the data set again"
+        )
+
+
+def _count_outvoted(name: str, crops: Iterable[Crop], notes: list[str]) -> None:
+    outvoted = sum(bool(crop.votes) and crop.label != (2 * sum(crop.votes) > len(crop.votes)) for crop in crops)
+    if outvoted:
+        notes.append(f"{name}: {outvoted} published labels are not the majority of their votes; the labels are kept")
+
+
+def _ami_br(file: Path, rows: list[Row], notes: list[str], path_of: Callable[[Row], Path | None]) -> list[Crop]:
+    crops, without = [], 0
+    for row in rows:
+        path = path_of(row)
+        if path is None:
+            without += 1
+            continue
+        votes = tuple(int(row[f"expert{e}_atypical"] == "True") for e in (1, 2, 3))
+        domain = f"human breast cancer x {ami_br_scanner(row['dataset'], row['slide'])}"
+        label = read_label(row.get("final_label") or row["majority_atypical"], str(file))
+        crops.append(
+            Crop(path, label, f"{row['dataset']}/{row['slide']}", domain, votes, f"AMi-Br/{_ami_br_name(row)}")
+        )
+    if without:
+        notes.append(f"AMi-Br: {without} of {len(rows)} rows have no crop in {file.parent.name}/patches; left out")
+    _count_outvoted("AMi-Br", crops, notes)
+    return crops
+
+
+def _ami_br_name(row: Row) -> str:
+    return row.get("dataset_uid") or f"{row['dataset']}_{row['uid']}.png"
+
+
+def ami_br_split(file: Path, rows: list[Row], notes: list[str]) -> list[Crop]:
+    """The benchmark's amibr_train_split.csv beside the folders Atypical and Normal."""
+    return _ami_br(file, rows, notes, lambda row: file.parent / row["final_label"] / row["dataset_uid"])
+
+
+def ami_br_own(file: Path, rows: list[Row], notes: list[str]) -> list[Crop]:
+    """AMi-Br's own AMI-BR.csv; its crops, of the agreed figures only, lie somewhere below `patches`."""
+    patches = {path.name: path for path in (file.parent / "patches").rglob("*") if path.suffix.lower() in IMAGES}
+    crops = _ami_br(file, rows, notes, lambda row: patches.get(_ami_br_name(row)))
+    if not crops:
+        raise UserError(
+            f"{file.parent}/patches holds none of the crops; expected names such as {_ami_br_name(rows[0])}"
+        )
+    return crops
+
+
+def midog25(file: Path, rows: list[Row], notes: list[str]) -> list[Crop]:
+    """MIDOG25_Atypical_Classification_Train_Set.csv beside MIDOG25_Binary_Classification_Train_Set/."""
+    folder = file.parent / "MIDOG25_Binary_Classification_Train_Set"
+    crops = []
+    for row in rows:
+        answers = [row.get(f"expert{e}", "").strip() for e in (1, 2, 3)]
+        votes = tuple(
+            read_label(answer, str(file)) for answer in answers if answer
+        )  # a third vote only on disagreement
+        domain = f"{row['Tumor'].strip()} x {scanner_name(row['Scanner'])}"
+        name, label = row["image_id"], read_label(row["majority"], str(file))
+        crops.append(Crop(folder / name, label, f"MIDOG25/{row['filename']}", domain, votes, f"MIDOG25/{name}"))
+    _count_outvoted("MIDOG25", crops, notes)
+    return crops
+
+
+def omg_octo(file: Path, rows: list[Row], notes: list[str]) -> list[Crop]:
+    """A CSV with image_file and label (AMF, MF; others are no mitotic figures); the slide is the name before "_"."""
+    images = {path.name: path for path in file.parent.rglob("*") if path.suffix.lower() in IMAGES}
+    kept = [row for row in rows if row["label"].strip().upper() in ("AMF", "MF", "NMF")]
+    if len(kept) < len(rows):
+        notes.append(f"OMG-Octo: {len(rows) - len(kept)} rows are neither AMF nor MF; left out")
+    notes.append("OMG-Octo: tumours and scanners are not in its table; it counts as one domain")
+    return [
+        Crop(images.get(name, file.parent / name), read_label(row["label"], str(file)),
+             f"OMG-Octo/{name.split('_')[0]}", "OMG-Octo", (), f"OMG-Octo/{name}")
+        for row in kept for name in [Path(row["image_file"]).name]
+    ]  # fmt: skip
+
+
+def atnorm(file: Path, rows: list[Row], notes: list[str]) -> list[Crop]:
+    """AtNorM-Br or AtNorM-MD: folders Atypical and Normal, for -MD with five votes in AtNorM-MD_expert_votes.csv.
+
+    file: the votes' CSV, or the folder where there is none. The layout names no slides, so all crops are one group: any
+    other grouping could put one slide on both sides of a split.
+    """
+    folder = file if file.is_dir() else file.parent
+    name, domain = ("AtNorM-MD", "MIDOG++ (mixed)") if rows else ("AtNorM-Br", "human breast cancer x TCGA (mixed)")
+    votes = {row["Filename"].strip(): row for row in rows}
+    crops = []
+    for path in sorted(
+        p for kind in ("Atypical", "Normal") for p in (folder / kind).glob("*") if p.suffix.lower() in IMAGES
+    ):
+        label, row = int(path.parent.name == "Atypical"), votes.pop(path.name, None)
+        answers = tuple(read_label(row[f"Expert_{e}"], str(file)) for e in range(1, 6)) if row else ()
+        if row and read_label(row["Majority"], str(file)) != label:
+            raise UserError(f"{path} is {row['Majority']} in {file.name}; expected folder and votes to agree")
+        crops.append(Crop(path, label, name, domain, answers, f"{name}/{path.parent.name}/{path.name}"))
+    if votes:
+        raise UserError(
+            f"{file} names {len(votes)} crops that are not there (first: {next(iter(votes))}); download again"
+        )
+    notes.append(f"{name}: no slides are published, so it is one group and can only lie in one fold")
+    notes.append(
+        f"{name}: a held-out test set of arXiv 2506.21444; what is trained on it cannot be compared with that table"
+    )
+    return crops
+
+
+def plain(file: Path, rows: list[Row], notes: list[str]) -> list[Crop]:
+    """A CSV with path, label, group, domain and, if wanted, votes ("1 0 1"); paths are relative to the CSV's folder."""
+    crops = []
+    for number, row in enumerate(rows, 2):
+        where = f"{file}, line {number}"
+        votes = tuple(read_label(vote, where) for vote in re.split(r"[\s;|]+", row.get("votes") or "") if vote)
+        if not row["group"]:
+            raise UserError(
+                f"{where}: no group; expected the slide or case; a split cannot be checked for leaks without it"
+            )
+        path = Path(row["path"])
+        name = f"{file.stem}/{path.name if path.is_absolute() else path.as_posix()}"
+        label, domain = read_label(row["label"], where), row["domain"] or "unknown"
+        crops.append(Crop(file.parent / path, label, row["group"], domain, votes, name))
+    _count_outvoted(file.name, crops, notes)
+    return crops
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A published data set: the columns that tell its CSV, its loader, and where it comes from."""
+
+    name: str
+    columns: frozenset[str]
+    load: Loader
+    place: str
+    files: str
+    crops: int = 0  # as published; 0 where that is not known
+    atypical: int = 0
+
+
+BENCHMARK = "github.com/DeepMicroscopy/AMi-Br_Benchmark (arXiv 2506.21444)"
+LAYOUTS = (
+    Layout("AMi-Br (benchmark split)", frozenset(["dataset_uid", "final_label", "slide"]), ami_br_split, BENCHMARK,
+           "amibr_train_split.csv, Atypical/, Normal/", 2894, 648),
+    Layout("AMi-Br", frozenset(["uid", "majority_atypical", "slide"]), ami_br_own,
+           "github.com/DeepMicroscopy/AMi-Br (arXiv 2501.04467)", "AMI-BR.csv, patches/", 3720, 832),
+    Layout("MIDOG25", frozenset(["image_id", "filename", "majority", "Tumor", "Scanner"]), midog25,
+           "doi.org/10.5281/zenodo.16044804",
+           "MIDOG25_Atypical_Classification_Train_Set.csv, MIDOG25_Binary_Classification_Train_Set/", 11937, 1748),
+    Layout("OMG-Octo", frozenset(["image_file", "label"]), omg_octo, "doi.org/10.5281/zenodo.16107743",
+           "a CSV with image_file and label, and the crops", 1757, 1378),
+    Layout("AtNorM-MD", frozenset(["Filename", "Majority"]), atnorm, BENCHMARK,
+           "AtNorM-MD_expert_votes.csv, Atypical/, Normal/", 2107, 219),
+    Layout("AtNorM-Br", frozenset(), atnorm, BENCHMARK, "Atypical/ and Normal/ in a folder called AtNorM-Br", 746, 128),
+    Layout("plain CSV", frozenset(["path", "label", "group", "domain"]), plain, "your own",
+           "a CSV with path, label, group, domain and, if wanted, votes"),
+)  # fmt: skip
