@@ -1,8 +1,8 @@
 """The command line: `python -m inference` runs one job as the platform starts it; `python -m inference score` and the
 other commands are modules of their own.
 
-A job answers a stack in /input with a JSON file in /output. Exit code 0 with an empty stderr, or 1 with one line on stderr
-that says what was found, what was expected and what to do, and no output.
+A job answers a stack in /input with a JSON file in /output. Exit code 0 with an empty stderr, or 1 with one line on
+stderr that says what was found, what was expected and what to do, and no output.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from pathlib import Path
 
 START = time.perf_counter()
 
-from .contract import find_stack, write_answers  # noqa: E402
+from .contract import find_stack, remove_answers, write_answers  # noqa: E402
 from .errors import UserError  # noqa: E402
+from .exits import describe, log, stderr_in_log  # noqa: E402
 from .manifest import holds_ensemble, load_manifest, start_hash_check  # noqa: E402
 
 MODEL_TARBALL = Path("/opt/ml/model")  # where the platform unpacks an uploaded model
@@ -34,9 +35,20 @@ def default_weights() -> Path:
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m inference", description="Classify the crops of one stack.")
     add = parser.add_argument
-    add("--input", type=Path, default=Path("/input"), metavar="DIR", help="holds inputs.json and images/ (default /input)")
+    add(
+        "--input",
+        type=Path,
+        default=Path("/input"),
+        metavar="DIR",
+        help="holds inputs.json and images/ (default /input)",
+    )
     add("--output", type=Path, default=Path("/output"), metavar="DIR", help="gets the answers (default /output)")
-    add("--weights", type=Path, metavar="DIR", help=f"ensemble folder (default {MODEL_TARBALL} if it holds one, else ours)")
+    add(
+        "--weights",
+        type=Path,
+        metavar="DIR",
+        help=f"ensemble folder (default {MODEL_TARBALL} if it holds one, else ours)",
+    )
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
     add("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto")
     add("--details", type=Path, metavar="FILE", help="also write folds, spread and seconds as JSON to FILE")
@@ -46,6 +58,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def run_job(options: argparse.Namespace) -> None:
     """One job, from input folder to answer; logs to stdout what it computed with and the seconds of each phase."""
     clock = {"start": START}
+    remove_answers(options.output)  # of an earlier job: a failure leaves none
     weights = options.weights or default_weights()
     manifest = load_manifest(weights)
     hashes = start_hash_check(manifest)  # in a thread, while this one imports PyTorch
@@ -71,13 +84,17 @@ def run_job(options: argparse.Namespace) -> None:
     clock["write"] = time.perf_counter()
 
     times = list(clock.values())
-    seconds = {name: round(after - before, 3) for name, before, after in zip(list(clock)[1:], times, times[1:])}
-    device = torch.cuda.get_device_name() if ensemble.device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
-    print(f"ensemble {manifest.name}: {manifest.backbone}, {len(manifest.folds)} folds, tta {manifest.tta}")
-    print(f"device {device}, precision {ensemble.precision}, pages {len(crops)}")
+    seconds = {
+        name: round(after - before, 3) for name, before, after in zip(list(clock)[1:], times, times[1:], strict=False)
+    }
+    device = (
+        torch.cuda.get_device_name() if ensemble.device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
+    )
+    log(f"ensemble {manifest.name}: {manifest.backbone}, {len(manifest.folds)} folds, tta {manifest.tta}")
+    log(f"device {device}, precision {ensemble.precision}, pages {len(crops)}")
     if ensemble.recomputed:
-        print(f"note: {ensemble.recomputed} crops were recomputed in fp32, their logits were not finite")
-    print("seconds " + ", ".join(f"{name} {value:.3f}" for name, value in seconds.items()))
+        log(f"note: {ensemble.recomputed} crops were recomputed in fp32, their logits were not finite")
+    log("seconds " + ", ".join(f"{name} {value:.3f}" for name, value in seconds.items()))
     if options.details:
         pages = [
             {"page": n, "class": "atypical" if p >= manifest.threshold else "normal", "p_atypical": p,
@@ -85,8 +102,14 @@ def run_job(options: argparse.Namespace) -> None:
             for n, p in enumerate(p_atypical)
         ]  # fmt: skip
         details = {"ensemble": manifest.name, "device": device, "precision": ensemble.precision,
-                   "threshold": manifest.threshold, "pages": pages, "seconds": seconds}  # fmt: skip
-        options.details.write_text(json.dumps(details, indent=1), encoding="utf-8")
+                   "threshold": manifest.threshold, "pages": pages, "seconds": seconds,
+                   "device_bytes": torch.cuda.max_memory_allocated() if ensemble.device.type == "cuda" else 0,
+        }  # fmt: skip
+        try:
+            options.details.write_text(json.dumps(details, indent=1), encoding="utf-8")
+        except OSError as error:
+            remove_answers(options.output)
+            raise UserError(f"cannot write {options.details} ({error.strerror}); expected a writable file") from None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -94,12 +117,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if arguments and arguments[0] in COMMANDS:
             return importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:])
-        run_job(parse(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except MemoryError:
-        print("error: out of memory; expected to fit into the job's limit; give it more or a smaller stack", file=sys.stderr)
+        options = parse(arguments)
+        with stderr_in_log():
+            run_job(options)
+    except Exception as error:
+        print(f"error: {describe(error)}", file=sys.stderr)
         return 1
     return 0
 

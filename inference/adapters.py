@@ -6,7 +6,6 @@ base, no more and no fewer. Only a tensor that an adapter changes exists once pe
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -17,14 +16,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import UserError
+from .jsonfile import read_json
 
 PREFIX = "base_model.model."
 HEADS = ("head", "classifier")  # timm's names of a linear head
-# PEFT settings that change what an adapter computes, and the only values that are read
-_PLAIN: dict[str, Any] = {
-    "peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False, "rank_pattern": {},
-    "alpha_pattern": {}, "layers_to_transform": None, "lora_bias": False, "exclude_modules": None,
-    "target_parameters": None,
+# PEFT's settings that say what an adapter is, where it came from or how it was trained, and that are read as they are
+_DESCRIPTIVE = {
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_alpha", "lora_dropout", "modules_to_save",
+    "peft_version", "r", "revision", "target_modules", "task_type", "use_rslora",
+}  # fmt: skip
+# every other setting may change what an adapter computes, or what it is added to: it must be empty, or one of these
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, "gaussian"),
+    "megatron_core": ("megatron.core",), "qalora_group_size": (16,),
 }  # fmt: skip
 
 
@@ -47,24 +51,17 @@ class Adapter:
 
 
 def read_adapter(folder: Path, layers: list[str]) -> Adapter:
-    """Read the adapter in `folder` for a base with the given layer names; UserError where the two do not fit exactly."""
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        rank, alpha, target = config["r"], config["lora_alpha"], config["target_modules"]
-        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, RecursionError) as error:
-        raise UserError(f"{folder}/adapter_config.json is not a LoRA configuration ({error!r}); export again") from None
-    for key, plain in _PLAIN.items():
-        if (config.get(key) or plain) != plain:
-            raise UserError(f"{folder}: {key} is {config[key]!r:.80}; expected plain LoRA ({plain!r}); train it without")
+    """Read the adapter in `folder` for a base with the given layer names; UserError where the two do not fit."""
+    rank, scale, target = read_config(folder / "adapter_config.json")
     file = folder / "adapter_model.safetensors"
-    stored = open_safetensors(file)
-    tensors = {name.removeprefix(PREFIX): stored.get_tensor(name).float() for name in stored.keys()}  # noqa: SIM118
+    tensors = _read_tensors(file)
     expected = matching_layers(layers, target)
     found = {name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")}
     if not expected or found != expected:
-        extra = sorted(found ^ expected)[:3] or "nothing at all"
-        raise UserError(f"{file}: adapts {len(found)} layers, its targets match {len(expected)} ({extra}); export again")
+        extra = ", ".join(sorted(found ^ expected)[:3]) or "nothing at all"
+        raise UserError(
+            f"{file}: adapts {len(found)} layers, its targets match {len(expected)} ({extra:.200}); export again"
+        )
     head = next((name for name in HEADS if f"{name}.weight" in tensors), None)
     if head is None or f"{head}.bias" not in tensors:
         raise UserError(f"{file}: no head; expected head.weight and head.bias; train with modules_to_save=['head']")
@@ -74,19 +71,96 @@ def read_adapter(folder: Path, layers: list[str]) -> Adapter:
     lora = {}
     for layer in sorted(found):
         a, b = tensors.pop(f"{layer}.lora_A.weight"), tensors.pop(f"{layer}.lora_B.weight", None)
-        if b is None or a.ndim not in (2, 4) or b.ndim != a.ndim or not len(a) == b.shape[1] == rank:
+        if (
+            b is None
+            or a.ndim not in (2, 4)
+            or b.ndim != a.ndim
+            or (len(a), 1, 1)[: b.ndim - 1] != b.shape[1:]
+            or len(a) != rank
+        ):
             raise UserError(f"{file}: {layer} has no matching pair of rank {rank}; export the adapter again")
         lora[layer] = (a, b)
     if tensors:
-        raise UserError(f"{file}: {next(iter(tensors))} is not part of plain LoRA with a head; export the adapter again")
-    return Adapter(lora, float(scale), head_weight, head_bias)
+        raise UserError(
+            f"{file}: {next(iter(tensors)):.100} is not part of plain LoRA with a head; export the adapter again"
+        )
+    return Adapter(lora, scale, head_weight, head_bias)
 
 
-def matching_layers(layers: list[str], target: Any) -> set[str]:
-    """The layers that PEFT's `target_modules` selects: a regular expression matched whole, or a list of name endings."""
+def read_config(file: Path) -> tuple[int, float, Any]:
+    """Rank, scale and target of a plain LoRA configuration; UserError where a setting may make it another."""
+    try:
+        config = read_json(file, "export the adapter again")
+    except FileNotFoundError:
+        raise UserError(f"no {file}; expected PEFT's configuration; export the adapter again") from None
+    if not isinstance(config, dict):
+        raise UserError(
+            f"{file} holds a {type(config).__name__}; expected PEFT's configuration; export the adapter again"
+        )
+    for key, value in config.items():
+        if key not in _DESCRIPTIVE and value and value not in _PLAIN.get(key, ()):
+            raise UserError(f"{file}: {key:.40} is {value!r:.80}; expected plain LoRA; train it without")
+    rank: Any = config.get("r")
+    alpha: Any = config.get("lora_alpha")
+    if type(rank) is not int or not 1 <= rank <= 4096 or type(alpha) not in (int, float) or not 0 < alpha <= 1e6:
+        raise UserError(
+            f"{file}: r {rank!r:.40}, lora_alpha {alpha!r:.40}; expected a rank and a positive alpha; export again"
+        )
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return rank, scale, _checked_target(file, config.get("target_modules"))
+
+
+def _checked_target(file: Path, target: Any) -> str | list[str]:
+    """`target_modules` as a list of names, or as an expression that cannot take more than polynomial time.
+
+    Backtracking explodes with repeated groups, or many branches in a row: neither is needed to name layers.
+    """
+    if isinstance(target, list) and len(target) <= 4096 and all(isinstance(name, str) for name in target):
+        return target
+    if isinstance(target, str) and len(target) <= 500 and not re.search(r"\)[*+{]|\(\?[^:]|\\[1-9A-Z]", target):
+        branches, repeats = target.count("|") + target.count("?"), len(re.findall(r"[*+{]", target))
+        try:
+            re.compile(target)
+        except (re.error, OverflowError, RecursionError):
+            pass
+        else:
+            if branches <= 12 and repeats <= 4:
+                return target
+    raise UserError(
+        f"{file}: target_modules is {target!r:.80}; expected a list of names, or a regular expression with at most 12 "
+        "branches and 4 repeats, none of a group; list the layers"
+    )
+
+
+def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """All tensors by timm's names, finite, in fp32."""
+    stored = open_safetensors(file)
+    tensors: dict[str, torch.Tensor] = {}
+    for name in stored.keys():  # noqa: SIM118
+        try:
+            tensor = stored.get_tensor(name)
+        except (SafetensorError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{file}: tensor {name:.100} is not readable ({error}); export the adapter again") from None
+        short = name.removeprefix(PREFIX)
+        if not tensor.is_floating_point() or short in tensors or not tensor.float().isfinite().all():
+            raise UserError(
+                f"{file}: {name:.100} is {tensor.dtype}, stored twice or not finite; export the adapter again"
+            )
+        tensors[short] = tensor.float()
+    return tensors
+
+
+def matching_layers(layers: list[str], target: str | list[str]) -> set[str]:
+    """The layers that PEFT's `target_modules` selects: an expression that matches whole names, or a list of endings."""
     if isinstance(target, str):
         return {layer for layer in layers if re.fullmatch(target, layer)}
-    return {layer for layer in layers if any(layer == name or layer.endswith(f".{name}") for name in target)}
+    names = set(target)
+    return {layer for layer in layers if any(layer[at:] in names for at in _ends(layer))}
+
+
+def _ends(layer: str) -> list[int]:
+    """Where the whole name and each of its endings after a dot begin."""
+    return [0, *(at + 1 for at, letter in enumerate(layer) if letter == ".")]
 
 
 def fused(base: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
@@ -111,7 +185,7 @@ class Weights:
         self._adapted = {f"{layer}.weight" for adapter in self.adapters for layer in adapter.lora}
         for folder, adapter in zip(folds, self.adapters, strict=True):
             self._check_shapes(folder, adapter)
-        self._kept: dict[str, Any] = {}
+        self._kept: dict[Any, Any] = {}
 
     def _check_shapes(self, folder: Path, adapter: Adapter) -> None:
         for layer, (a, b) in adapter.lora.items():
@@ -120,7 +194,9 @@ class Weights:
                 raise UserError(f"{folder}: {layer} changes {(len(b), *a.shape[1:])}, the base has {shape}; wrong base")
         width = self.adapters[0].head_weight.shape[1]
         if adapter.head_weight.shape[1] != width:
-            raise UserError(f"{folder}: head takes {adapter.head_weight.shape[1]} features, fold 0 {width}; export again")
+            raise UserError(
+                f"{folder}: head takes {adapter.head_weight.shape[1]} features, fold 0 {width}; export again"
+            )
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._base.get_slice(name).get_shape())
@@ -134,7 +210,9 @@ class Weights:
     def _read(self, name: str) -> torch.Tensor:
         """As stored, on the device."""
         if name not in self.names:
-            raise UserError(f"{self._file}: no tensor {name}; the backbone needs it; make the base with 'training base'")
+            raise UserError(
+                f"{self._file}: no tensor {name}; the backbone needs it; make the base with 'training base'"
+            )
         return self._base.get_tensor(name).to(self.device)
 
     def _exact(self, name: str) -> torch.Tensor:
@@ -145,7 +223,9 @@ class Weights:
         if name not in self._adapted:
             return base
         pairs = [(adapter.lora.get(name.removesuffix(".weight")), adapter.scale) for adapter in self.adapters]
-        return torch.stack([fused(base, *(t.to(self.device) for t in ab), scale) if ab else base for ab, scale in pairs])
+        return torch.stack(
+            [fused(base, ab[0].to(self.device), ab[1].to(self.device), scale) if ab else base for ab, scale in pairs]
+        )
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """In the computing precision."""
@@ -163,7 +243,7 @@ class Weights:
         return self._kept["fp32", name]
 
     def convolution(self, conv: str, norm: str, eps: float = 1e-3) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight and bias of a convolution with the batch normalisation behind it folded in, in fp32, then converted."""
+        """Weight and bias of a convolution with the batch normalisation behind it folded in, in fp32."""
         if ("conv", conv) not in self._kept:
             mean, variance = self._exact(f"{norm}.running_mean"), self._exact(f"{norm}.running_var")
             gain = self._exact(f"{norm}.weight") * torch.rsqrt(variance + eps)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .jsonfile import read_json
 
 SLUG = "stacked-histopathology-roi-cropouts"
 OUTPUT = "multiple-mitotic-figure-classification.json"
@@ -25,34 +26,46 @@ def find_stack(input_dir: Path) -> Path:
     """The one image of the job in `input_dir`, named in no way but by its folder and suffix.
 
     `inputs.json` is read where it exists: a list of objects whose `socket` or `interface` has a `slug`; nothing else in
-    it is relied on. UserError where the socket is another, or where there is not exactly one image.
+    it is relied on. Hidden files are ignored; `input_dir` itself may be a link, but nothing in it may lead out of it.
+    UserError where the socket is another, or where there is not exactly one image.
     """
-    listing = input_dir / "inputs.json"
-    if listing.exists():
-        slugs = _slugs(listing)
-        if SLUG not in slugs:
-            raise UserError(f"{listing} names the sockets {slugs}; expected {SLUG}; submit to a phase with that socket")
     folder = input_dir / "images" / SLUG
     try:
+        _check_socket(input_dir / "inputs.json", input_dir)
         names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
-    except OSError:
-        raise UserError(f"no folder {folder}; expected it to hold the stack; check the input") from None
-    images = [name for name in names if name.lower().endswith(SUFFIXES)]
-    if len(images) != 1:
-        found = f"{len(images)} images" if images else f"no image among {len(names)} files"
-        raise UserError(f"{found} in {folder}; expected exactly one of {', '.join(SUFFIXES)}; check the input")
+        images = [name for name in names if name.lower().endswith(SUFFIXES)]
+        if len(images) != 1:
+            found = f"{len(images)} images" if images else f"no image among {len(names)} files"
+            raise UserError(f"{found} in {folder}; expected exactly one of {', '.join(SUFFIXES)}; check the input")
+        _check_inside(folder / images[0], input_dir)
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be read ({error.strerror}); expected the stack in it; check the input"
+        ) from None
     return folder / images[0]
 
 
-def _slugs(listing: Path) -> list[str]:
+def _check_inside(file: Path, input_dir: Path) -> None:
+    if not file.resolve().is_relative_to(input_dir.resolve()):
+        raise UserError(f"{file} is a link that leads out of {input_dir}; expected a file in it; copy the file")
+
+
+def _check_socket(listing: Path, input_dir: Path) -> None:
+    """UserError unless `listing` names the stack's socket, or does not exist."""
+    _check_inside(listing, input_dir)
+    do = "expected the platform's list of socket values; check the input"
     try:
-        values = json.loads(listing.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{listing} cannot be read ({error}); expected a JSON list of socket values") from None
+        values = read_json(listing, do)
+    except FileNotFoundError:
+        return
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
-        raise UserError(f"{listing} holds a {type(values).__name__}; expected a JSON list of socket values; check the input")
-    sockets = [value.get("socket") or value.get("interface") for value in values]
-    return [str(socket.get("slug"))[:80] for socket in sockets if isinstance(socket, dict)]
+        raise UserError(f"{listing} holds no list of objects; {do}")
+    sockets = [value.get(key) for value in values for key in ("socket", "interface")]
+    slugs = [socket.get("slug") for socket in sockets if isinstance(socket, dict)]
+    if SLUG not in slugs:
+        raise UserError(
+            f"{listing} names the sockets {slugs[:4]!r:.200}; expected {SLUG}; submit to a phase with that socket"
+        )
 
 
 def answers(p_atypical: Sequence[float], threshold: float) -> list[dict[str, Any]]:
@@ -63,7 +76,9 @@ def answers(p_atypical: Sequence[float], threshold: float) -> list[dict[str, Any
 def check_answers(found: Any, pages: int, threshold: float | None = None) -> None:
     """ValueError unless `found` is what the evaluator accepts for `pages` pages, and class follows `threshold`."""
     if not isinstance(found, list) or len(found) != pages:
-        raise ValueError(f"found {len(found) if isinstance(found, list) else type(found).__name__} answers for {pages} pages")
+        raise ValueError(
+            f"found {len(found) if isinstance(found, list) else type(found).__name__} answers for {pages} pages"
+        )
     for page, answer in enumerate(found):
         if not isinstance(answer, dict) or set(answer) != {"class", "confidence"}:
             raise ValueError(f"page {page}: found {answer!r:.80}; expected class and confidence")
@@ -77,21 +92,46 @@ def check_answers(found: Any, pages: int, threshold: float | None = None) -> Non
 
 
 def write_answers(output_dir: Path, p_atypical: Sequence[float], threshold: float) -> Path:
-    """Check and write the answers: the whole file or none, under a name that nobody reads until it is complete."""
+    """Check and write the answers: the whole file or none, whatever ends the process, and no other file."""
     content = answers(p_atypical, threshold)
     text = json.dumps(content, allow_nan=False, indent=1)
     check_answers(json.loads(text), len(p_atypical), threshold)
     file = output_dir / OUTPUT
-    partial = output_dir / f".{OUTPUT}.{os.getpid()}.partial"
+    try:
+        _write_whole(file, text.encode())
+    except OSError as error:
+        raise UserError(
+            f"cannot write {file} ({error.strerror}); expected a writable folder with space; free it"
+        ) from None
+    return file
+
+
+def remove_answers(output_dir: Path) -> None:
+    """Remove what an earlier job left, so that a job that fails leaves no answers. UserError where it cannot."""
+    try:
+        (output_dir / OUTPUT).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot remove the old {output_dir / OUTPUT} ({error.strerror}); remove it by hand") from None
+
+
+def _write_whole(file: Path, data: bytes) -> None:
+    """Through a file without a name, which the kernel drops if the process is killed; else through a hidden one."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
         try:
-            with partial.open("w", encoding="utf-8") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(partial, file)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {file} ({error.strerror}); expected a writable folder with space; free it") from None
-    return file
+            handle = os.open(file.parent, os.O_TMPFILE | os.O_WRONLY, 0o644)
+            handles = os.open("/proc/self/fd", os.O_RDONLY)
+            named = False
+        except OSError:  # not on this file system, or no /proc
+            handle = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            named = True
+        with open(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(handle)
+            if not named:
+                os.link(str(handle), partial, src_dir_fd=handles)
+                os.close(handles)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -6,24 +6,27 @@ Standard library only: a job reads and hashes its files while PyTorch is still b
 from __future__ import annotations
 
 import hashlib
-import json
 import math
+import re
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .jsonfile import read_json
 
 FILE = "ensemble.json"
 FORMAT = 1
 BASES = Path(__file__).resolve().parent.parent / "weights" / "bases"  # shared by all ensembles of this tree
 CHUNK = 1 << 20
+MAX_FOLDS = 64
+PICKLES = (".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".p", ".pickle", ".pkl", ".pt", ".pt2", ".pth")
 
 # key: (type, accepts)
 _SCHEMA: dict[str, tuple[Any, Any]] = {
-    "name": (str, None),
+    "name": (str, lambda v: v.isprintable() and 0 < len(v) <= 100),  # it is printed into logs
     "backbone": (str, None),
     "pool": (str, ("token", "avg", "token+avg")),
     "base": (dict, None),
@@ -74,21 +77,21 @@ def load_manifest(folder: Path) -> Manifest:
     """Read and validate `folder`/ensemble.json; no other file is opened. UserError says what is wrong and where."""
     file = folder / FILE
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file, "export the ensemble again")
     except FileNotFoundError:
-        raise UserError(f"no {FILE} in {folder}; expected an ensemble folder; make one with 'training export'") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read ({error}); expected UTF-8 JSON; export the ensemble again") from None
+        raise UserError(
+            f"no {FILE} in {folder}; expected an ensemble folder; make one with 'training export'"
+        ) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise UserError(f"{file} has format {found!r}; this version reads {FORMAT}; export the ensemble again")
+        raise UserError(f"{file} has format {found!r:.80}; this version reads {FORMAT}; export the ensemble again")
     for key, (kind, accepts) in _SCHEMA.items():
         _check(file, key, content.get(key), kind, accepts)
     base, preprocess = content["base"], content["preprocess"]
-    _check(file, "base.file", base.get("file"), str, _is_plain_name)
+    _check(file, "base.file", base.get("file"), str, lambda v: _is_plain_name(v) and v.endswith(".safetensors"))
     _check(file, "base.sha256", base.get("sha256"), str, _is_sha256)
-    if not content["folds"]:
-        raise UserError(f"{file}: folds is empty; expected one or more; export the ensemble again")
+    if not 1 <= len(content["folds"]) <= MAX_FOLDS:
+        raise UserError(f"{file}: {len(content['folds'])} folds; expected 1 to {MAX_FOLDS}; export the ensemble again")
     _check_preprocess(file, preprocess)
     folds, files = [], {}
     for number, fold in enumerate(content["folds"]):
@@ -99,10 +102,15 @@ def load_manifest(folder: Path) -> Manifest:
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             _check(file, f"{where}.sha256[{name!r}]", fold["sha256"].get(name), str, _is_sha256)
             files[folder / fold["folder"] / name] = fold["sha256"][name]
+        if folder / fold["folder"] in folds:
+            raise UserError(f"{file}: folder {fold['folder']} is listed twice; expected one fold each; export again")
         folds.append(folder / fold["folder"])
+    _refuse_pickles([folder, *folds])
     for name, drift in content["precision"].items():
         if name not in ("fp32", "bf16", "fp16") or not (drift is None or _is_number(drift)):
-            raise UserError(f"{file}: precision {name!r}: {drift!r} is not valid; expected fp32, bf16 or fp16 with a number")
+            raise UserError(
+                f"{file}: precision {name!r:.40}: {drift!r:.40} is not valid; expected fp32, bf16 or fp16 with a number"
+            )
     return Manifest(
         folder, content["name"], content["backbone"], content["pool"], _find_base(folder, base["file"]), base["sha256"],
         preprocess, tuple(folds), files, content["tta"], content["averaging"], float(content["temperature"]),
@@ -115,7 +123,17 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_plain_name(name: str) -> bool:
-    return bool(name) and Path(name).name == name and name not in (".", "..")  # never a way out of the folder
+    return bool(re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", name))  # never a way out of the folder
+
+
+def _refuse_pickles(folders: list[Path]) -> None:
+    """Nothing here would open one, but other tools that are pointed at the folder may, and a pickle runs code."""
+    for folder in folders:
+        for entry in folder.iterdir() if folder.is_dir() else ():
+            if entry.suffix.lower() in PICKLES:
+                raise UserError(
+                    f"{entry} may be a pickle; expected safetensors and nothing else; remove it or convert it"
+                )
 
 
 def _is_sha256(text: str) -> bool:
@@ -143,8 +161,8 @@ def _check_preprocess(file: Path, preprocess: dict[str, Any]) -> None:
         "mean": triple,
         "std": lambda v: triple(v) and min(v) > 0,
     }
-    for key in rules.keys() ^ preprocess.keys():
-        raise UserError(f"{file}: preprocess.{key} is missing or not known; expected exactly {', '.join(rules)}")
+    for key in sorted(rules.keys() ^ preprocess.keys()):
+        raise UserError(f"{file}: preprocess.{key:.40} is missing or not known; expected exactly {', '.join(rules)}")
     for key, accepts in rules.items():
         if not accepts(preprocess[key]):
             raise UserError(f"{file}: preprocess.{key} is {preprocess[key]!r:.80}; expected a valid one; export again")
@@ -179,7 +197,7 @@ def check_hashes(files: Iterable[tuple[Path, str]]) -> None:
             raise UserError(f"{file} has SHA-256 {found}; the manifest expects {expected}; copy the ensemble again")
 
 
-def start_hash_check(manifest: Manifest):
+def start_hash_check(manifest: Manifest) -> Future[None]:
     """Check all hashes in a thread; returns a future whose `result()` raises UserError where one is wrong."""
     pool = ThreadPoolExecutor(1)
     future = pool.submit(check_hashes, [*manifest.files.items(), (manifest.base, manifest.base_sha256)])

@@ -1,0 +1,70 @@
+"""How a job ends: a log that cannot fail it, a stderr that holds one line or none, and words for every failure.
+
+The platform marks a job that wrote to stderr, and shows the last line of it where the job failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+
+from .errors import UserError
+
+LONGEST = 900  # characters of a message; the platform cuts at 1,024
+MEMORY = "can't allocate memory", "cannot allocate memory", "bad_alloc", "failed to map segment", "not enough memory"
+
+
+def log(line: str) -> None:
+    """A line on stdout, flushed. Where nobody can read it, the rest of the log is dropped: the answers count."""
+    try:
+        print(line, flush=True)
+    except (OSError, ValueError):  # a full disk, a closed pipe, letters that the terminal does not have
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter tries again when it ends, and fails
+
+
+@contextlib.contextmanager
+def stderr_in_log() -> Iterator[None]:
+    """Send what libraries write to stderr, in Python or below it (libtiff, PyTorch), to stdout instead."""
+    saved = None
+    with contextlib.suppress(OSError):  # neither may be open
+        sys.stderr.flush()
+        saved = os.dup(2)
+        os.dup2(1, 2)
+    try:
+        with contextlib.redirect_stderr(sys.stdout):
+            yield
+    finally:
+        if saved is not None:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+def describe(error: Exception) -> str:
+    """One printable line for an error; the traceback of one that no user caused goes to the log."""
+    text = str(error)
+    if is_memory(error):
+        text = "out of memory; expected to fit into the job's limit; give it more, or a smaller stack"
+    elif not isinstance(error, UserError):
+        with contextlib.suppress(OSError, ValueError):
+            traceback.print_exception(error, file=sys.stdout)
+        text = (
+            f"unexpected {type(error).__name__}: {text}; expected a result; see the log, and report it with the stack"
+        )
+    line = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+
+
+def is_memory(error: BaseException | None) -> bool:
+    """Whether `error`, or what caused it, is a lack of memory, under any of the names that libraries give it."""
+    while error is not None:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+            return True
+        if not isinstance(error, UserError) and any(words in str(error).lower() for words in MEMORY):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
