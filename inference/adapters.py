@@ -171,7 +171,7 @@ def fused(base: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) ->
 class Weights:
     """The tensors of a base and its folds by timm's names, read, fused and converted when first asked for.
 
-    A tensor that an adapter changes has a leading fold axis (F, ...). `seconds` tells what reading and fusing took.
+    A tensor that an adapter changes has a leading fold axis (F, ...).
     """
 
     def __init__(self, base: Path, folds: list[Path], device: torch.device, dtype: torch.dtype) -> None:
@@ -213,7 +213,8 @@ class Weights:
             raise UserError(
                 f"{self._file}: no tensor {name}; the backbone needs it; make the base with 'training base'"
             )
-        return self._base.get_tensor(name).to(self.device)
+        # through a handle of its own: the shared one would keep every page that was ever read mapped, a second copy
+        return open_safetensors(self._file).get_tensor(name).to(self.device)
 
     def _exact(self, name: str) -> torch.Tensor:
         """In fp32, with a fold axis where an adapter changes it."""

@@ -18,7 +18,9 @@ from .manifest import Manifest, check_hashes, load_manifest
 from .models import logits
 from .preprocess import TTA_VIEWS, Preprocess, to_batch, views
 
-BUDGET = 256 << 20  # bytes of activations in one pass; beyond that a pass gets slower per crop, not faster
+# Bytes of the widest layer's activations in one pass. A GPU is full long before; on the CPU a larger result would leave the
+# caches, and be mapped and faulted in anew each time (glibc keeps up to 32 MiB at hand).
+WIDEST = {"cuda": 96 << 20, "cpu": 32 << 20}
 
 
 @dataclass(frozen=True)
@@ -92,14 +94,16 @@ class Ensemble:
         return Prediction(*average(result, self.manifest.averaging, self.manifest.temperature), result)
 
     def _first_batch(self) -> int:
-        """Crops per pass within the budget, from the widest layer's activations."""
+        """Crops per pass, from the widest layer's activations."""
         size, folds = self.preprocess.size, len(self.manifest.folds)
-        if self.row.family == "efficientnet":  # the widest map: 96 channels at half the side, in and out
-            per_view = 2 * 96 * (size // 2) ** 2 * self.weights.dtype.itemsize
+        if self.row.family == "efficientnet":  # 96 channels at half the side, before most folds part
+            values = 96 * (size // 2) ** 2
         else:
-            width, _, patch, _ = self.weights.shape("patch_embed.proj.weight")
-            per_view = (size // patch) ** 2 * width * (12 * self.weights.dtype.itemsize + 8)
-        return max(1, BUDGET // (per_view * folds * TTA_VIEWS[self.manifest.tta]))
+            _, _, patch, _ = self.weights.shape("patch_embed.proj.weight")
+            names = ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc1_g.weight", "blocks.0.attn.qkv.weight")
+            values = folds * (size // patch) ** 2 * max(self.weights.shape(n)[0] for n in names if n in self.weights.names)
+        values *= TTA_VIEWS[self.manifest.tta] * self.weights.dtype.itemsize
+        return max(1, WIDEST[self.device.type] // values)
 
     @torch.inference_mode()
     def _logits(self, crops: Sequence[np.ndarray], weights: Weights) -> np.ndarray:

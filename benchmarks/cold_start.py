@@ -1,0 +1,142 @@
+"""Cold start from process start to written answer: ours, the plain path, and the floor, on the same random weights.
+
+    python -m benchmarks.cold_start --backbone virchow --crops 16 [--device cuda] [--json FILE]
+
+Every run is a fresh process; the two paths take turns. `--backbone default` compares the shipped ensemble with the official
+reference container's way instead (one EfficientNetV2-M).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from inference.backbones import BACKBONES
+from inference.manifest import load_manifest
+from inference.preprocess import TTA_VIEWS
+
+from . import floor, workload
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def timed(command: list[str]) -> tuple[float, int]:
+    """(wall seconds, peak resident bytes) of a process that must succeed."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed with status {status}")
+    return time.perf_counter() - start, usage.ru_maxrss * 1024
+
+
+def run_ours(ensemble: Path, job: Path, out: Path, device: str, precision: str) -> dict[str, Any]:
+    details = out / "details.json"
+    command = [sys.executable, "-m", "inference", "--input", str(job), "--output", str(out), "--weights", str(ensemble),
+               "--device", device, "--precision", precision, "--details", str(details)]  # fmt: skip
+    wall, memory = timed(command)
+    found = json.loads(details.read_text())
+    return found | {"wall": wall, "memory": memory, "p_atypical": [page["p_atypical"] for page in found["pages"]]}
+
+
+def run_plain(kind: str, folder: Path, job: Path, out: Path) -> dict[str, Any]:
+    stack = next((job / "images").glob("*/*"))
+    file = out / "plain.json"
+    wall, memory = timed([sys.executable, "-m", "benchmarks.plain", kind, str(folder), str(stack), str(file)])
+    return json.loads(file.read_text()) | {"wall": wall, "memory": memory}
+
+
+def measure(backbone: str, crops: int, device: str, precision: str, repeats: int, cache: Path) -> dict[str, Any]:
+    """All figures of one comparison; seconds are medians over `repeats` runs in turn, after one of each to warm up."""
+    job, out = workload.make_input(crops, cache), cache / "output"
+    out.mkdir(parents=True, exist_ok=True)
+    default = backbone == "default"
+    ensemble = ROOT / "weights" / "default" if default else workload.make(backbone, cache)
+    plain_folder = workload.make_reference(cache) if default else ensemble
+    kind = "reference" if default else "foundation"
+    run_ours(ensemble, job, out, device, precision)
+    ours, plain = [], []
+    for _ in range(repeats):
+        ours.append(run_ours(ensemble, job, out, device, precision))
+        plain.append(run_plain(kind, plain_folder, job, out))
+    manifest = load_manifest(ensemble)
+    exact = run_ours(ensemble, job, out, device, "fp32") if not default else None
+    size, views, folds = manifest.preprocess["size"], TTA_VIEWS[manifest.tta], len(manifest.folds)
+    row = BACKBONES[manifest.backbone]
+    precision = ours[0]["precision"]
+    flops = floor.multiply_adds(manifest.backbone, size, manifest.pool) * crops * views * folds
+    tokens = crops * views * folds * (size // 14 if "14" in row.timm else size // 16) ** 2
+    rate = floor.matrix_rate(manifest.backbone, min(tokens, 4096), precision, device)
+    read = floor.read_rate(manifest.base)
+    parts = {
+        "import torch": floor.import_seconds(),
+        "read the base": manifest.base.stat().st_size / read,
+        "multiply-adds": flops / rate,
+    }
+    median = lambda runs, key: statistics.median(run[key] for run in runs)  # noqa: E731
+    result: dict[str, Any] = {
+        "backbone": manifest.backbone, "crops": crops, "folds": folds, "views": views, "size": size, "device": ours[0]["device"],
+        "precision": precision, "machine": machine(), "repeats": repeats,
+        "ours": {"wall": median(ours, "wall"), "memory": median(ours, "memory"), "device_memory": ours[0]["device_bytes"],
+                 "seconds": {k: statistics.median(run["seconds"][k] for run in ours) for k in ours[0]["seconds"]}},
+        "plain": {"wall": median(plain, "wall"), "memory": median(plain, "memory"), "device_memory": plain[0]["device_bytes"],
+                  "seconds": {k: statistics.median(run["seconds"][k] for run in plain) for k in plain[0]["seconds"]}},
+        "floor": {"wall": sum(parts.values()), "seconds": parts, "gigaflops": rate / 1e9, "read_gigabytes_per_second": read / 1e9},
+    }  # fmt: skip
+    result["speedup"] = result["plain"]["wall"] / result["ours"]["wall"]
+    result["memory_ratio"] = result["ours"]["memory"] / result["plain"]["memory"]
+    result["floor_ratio"] = result["ours"]["wall"] / result["floor"]["wall"]
+    if exact:
+        difference = lambda a, b: float(np.abs(np.subtract(a["p_atypical"], b["p_atypical"])).max())  # noqa: E731
+        result["difference_fp32"] = difference(exact, plain[0])
+        result["difference"] = difference(ours[0], plain[0])
+    return result
+
+
+def machine() -> dict[str, str]:
+    with open("/proc/cpuinfo") as lines:
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return {"cpu": cpu, "cores": str(len(os.sched_getaffinity(0))), "torch": torch.__version__, "python": platform.python_version()}
+
+
+def show(result: dict[str, Any]) -> str:
+    lines = [f"{result['backbone']}: {result['crops']} crops x {result['views']} views x {result['folds']} folds at "
+             f"{result['size']} px, {result['device']}, {result['precision']}; random weights unless 'default'"]  # fmt: skip
+    for name in ("plain", "ours", "floor"):
+        part = result[name]
+        memory = f", peak {part['memory'] / 1e9:.2f} GB" if "memory" in part else ""
+        phases = ", ".join(f"{key} {value:.2f}" for key, value in part["seconds"].items())
+        lines.append(f"{name:>6}: {part['wall']:7.2f} s{memory}  ({phases})")
+    lines.append(f"speedup {result['speedup']:.1f}, memory ratio {result['memory_ratio']:.2f}, floor ratio {result['floor_ratio']:.2f}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cold_start", description=__doc__.partition("\n")[0])
+    parser.add_argument("--backbone", default="virchow", choices=["default", *(n for n, r in BACKBONES.items() if r.depth)])
+    parser.add_argument("--crops", type=int, default=16)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "benchmarks", help="random weights stay here")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    result = measure(options.backbone, options.crops, options.device, options.precision, options.repeats, options.cache)
+    print(show(result))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

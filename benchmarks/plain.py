@@ -1,0 +1,63 @@
+"""The plain path, as published containers do it: `python -m benchmarks.plain KIND FOLDER STACK OUT`.
+
+foundation: for each fold build the backbone with random initialisation, unpickle the fp32 base, wrap and merge with PEFT;
+then every crop alone through every fold, in fp32. reference: the official container's way, torchvision and timm, one
+EfficientNetV2-M from a .pth at 224 px, crops one by one. Writes seconds by phase and the probabilities as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+
+def main(kind: str, folder: Path, stack: Path, out: Path) -> None:
+    clock = [time.perf_counter()]
+    tick = lambda: clock.append(time.perf_counter())  # noqa: E731
+    import numpy as np
+    import timm
+    import torch
+    from PIL import Image, ImageSequence
+    from torchvision import transforms
+
+    if kind == "foundation":
+        from peft import PeftModel
+
+        from inference.backbones import build
+    tick()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    models = []
+    if kind == "foundation":
+        manifest = json.loads((folder / "ensemble.json").read_text())
+        size, mean, std = (manifest["preprocess"][key] for key in ("size", "mean", "std"))
+        for number in range(len(manifest["folds"])):
+            model = build(manifest["backbone"], 1, manifest["pool"])
+            state = torch.load(folder.with_suffix(".pth"), map_location="cpu", weights_only=True)
+            model.load_state_dict(state, strict=False)
+            models.append(PeftModel.from_pretrained(model, folder / f"fold{number}").merge_and_unload().eval().to(device))
+    else:
+        size, mean, std = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        model = timm.create_model("tf_efficientnetv2_m", pretrained=False, num_classes=1)
+        model.load_state_dict(torch.load(folder / "reference.pth", map_location="cpu", weights_only=True))
+        models.append(model.eval().to(device))
+    tick()
+    prepare = transforms.Compose(
+        [transforms.Resize((size, size), transforms.InterpolationMode.BICUBIC), transforms.ToTensor(),
+         transforms.Normalize(mean, std)]
+    )  # fmt: skip
+    answers = []
+    with Image.open(stack) as image, torch.no_grad():
+        for page in ImageSequence.Iterator(image):
+            crop = prepare(page.convert("RGB"))[None].to(device)
+            answers.append([float(model(crop)[0, 0]) for model in models])
+    tick()
+    p = 1 / (1 + np.exp(-np.mean(answers, axis=1)))
+    seconds = dict(zip(("import", "load", "predict"), np.diff(clock).round(3).tolist(), strict=True))
+    device_bytes = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    out.write_text(json.dumps({"seconds": seconds, "p_atypical": p.tolist(), "device_bytes": device_bytes}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(Path, sys.argv[2:5]))
