@@ -3,8 +3,7 @@
 A run folder holds recipe.json, data.json, split.csv and, for each fold, fold<k>/ with the adapter in PEFT's format,
 metrics.csv, TensorBoard scalars and oof.npz. Everything random in epoch e of fold k comes from (seed, k, e) alone, so a
 run that was killed and resumed ends in the very adapters of one that was not. Several processes share each batch and
-average their gradients: the same steps as one process takes, up to rounding, but for dropout, which each process draws for
-itself.
+average their gradients: the same steps as one process takes, up to rounding, but for dropout, which each draws itself.
 """
 
 from __future__ import annotations
@@ -111,9 +110,9 @@ def adapted_model(recipe: Recipe, base: Path | None, number: int, overrides: dic
     model = lora_model(recipe.backbone, base, recipe.rank, recipe.alpha, recipe.dropout, recipe.targets,
                        recipe.pool or None, recipe.rslora, **extra)  # fmt: skip
     if recipe.checkpointing:  # timm's is not re-entrant: it needs no gradient at the input, which a frozen stem has not
-        model.get_base_model().set_grad_checkpointing(True)
+        model.get_base_model().set_grad_checkpointing(True)  # type: ignore[operator]
     store_base_as(model, DTYPES[recipe.precision])
-    return model.to(memory_format=torch.channels_last)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def fit_fold(
