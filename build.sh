@@ -40,7 +40,7 @@ build_image() {
     # shellcheck disable=SC2086  # several options in one variable
     "$docker" build --platform linux/amd64 "${options[@]}" --build-arg "ENSEMBLE=$ensemble" ${DOCKER_BUILD_ARGS:-} --tag "$image" .
     echo "layers of $image, newest first:"
-    "$docker" history --format '{{printf "%9s" .Size}}  {{.CreatedBy}}' "$image" | grep -v '^ *0B' | cut -c 1-100
+    "$docker" history --format '{{printf "%9s" .Size}}  {{.CreatedBy}}' "$image" | awk '!/^ *0B/ {print substr($0, 1, 100)}'
     echo "built image $image ($("$docker" image inspect --format '{{.Size}}' "$image" | awk '{printf "%.2f GB", $1 / 1e9}'))"
 }
 
