@@ -1,33 +1,106 @@
-"""Scores of logits or probabilities against labels, in numpy."""
+"""Scores of logits or probabilities against labels (atypical = 1), in numpy; NaN where a class is missing."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
+
+Score = Callable[[np.ndarray, np.ndarray], float]
+ECE_BINS = 10
 
 
 def roc_auc(labels: np.ndarray, values: np.ndarray) -> float:
     """Area under the ROC curve (Mann-Whitney, ties count half); NaN with one class only."""
-    from sklearn.metrics import roc_auc_score
+    from scipy.stats import rankdata
 
-    return float(roc_auc_score(labels, values)) if len(np.unique(labels)) == 2 else float("nan")
+    positive = int((labels == 1).sum())
+    negative = len(labels) - positive
+    if not positive or not negative:
+        return float("nan")
+    ranks = rankdata(values)[labels == 1].sum()
+    return float((ranks - positive * (positive + 1) / 2) / (positive * negative))
 
 
 def sensitivity(labels: np.ndarray, called: np.ndarray) -> float:
-    return float(called[labels == 1].mean())
+    """Share of the atypical crops that are called atypical."""
+    return float(called[labels == 1].mean()) if (labels == 1).any() else float("nan")
 
 
 def specificity(labels: np.ndarray, called: np.ndarray) -> float:
-    return float(1 - called[labels == 0].mean())
+    """Share of the normal crops that are called normal."""
+    return float(1 - called[labels == 0].mean()) if (labels == 0).any() else float("nan")
 
 
 def balanced_accuracy(labels: np.ndarray, called: np.ndarray) -> float:
     return (sensitivity(labels, called) + specificity(labels, called)) / 2
 
 
+def brier(labels: np.ndarray, p: np.ndarray) -> float:
+    """Mean squared difference of P(atypical) and label: 0 is perfect, 0.25 is what a constant 0.5 gets."""
+    return float(np.mean((p - labels) ** 2))
+
+
+def reliability(labels: np.ndarray, p: np.ndarray, bins: int = ECE_BINS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(crops, mean P(atypical), share of atypical) of each bin of equal width that holds a crop, each (B,)."""
+    number = np.minimum((p * bins).astype(int), bins - 1)
+    count = np.bincount(number, minlength=bins)
+    used = count > 0
+    mean = np.bincount(number, p, bins)[used] / count[used]
+    share = np.bincount(number, labels, bins)[used] / count[used]
+    return count[used], mean, share
+
+
+def ece(labels: np.ndarray, p: np.ndarray, bins: int = ECE_BINS) -> float:
+    """Expected calibration error: distance of P(atypical) from the share of atypical crops, averaged over the bins."""
+    count, mean, share = reliability(labels, p, bins)
+    return float((count * np.abs(mean - share)).sum() / count.sum())
+
+
+def roc_curve(labels: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(1 - specificity, sensitivity) at every cut between different values, (0, 0) to (1, 1)."""
+    order = np.argsort(-values, kind="stable")
+    positive = labels[order] == 1
+    last = np.append(np.diff(values[order]) != 0, True)  # ties move together
+    tp, fp = np.cumsum(positive)[last], np.cumsum(~positive)[last]
+    return np.append(0, fp / max(1, fp[-1])), np.append(0, tp / max(1, tp[-1]))
+
+
+def scores(labels: np.ndarray, p: np.ndarray, threshold: float) -> dict[str, float]:
+    """All scores of P(atypical) (N,) called atypical from `threshold` on."""
+    called = p >= threshold
+    return {
+        "balanced_accuracy": balanced_accuracy(labels, called), "sensitivity": sensitivity(labels, called),
+        "specificity": specificity(labels, called), "auc": roc_auc(labels, p), "brier": brier(labels, p),
+        "ece": ece(labels, p),
+    }  # fmt: skip
+
+
+def group_bootstrap(groups: np.ndarray, resamples: int, seed: int = 0) -> Sequence[np.ndarray]:
+    """Index arrays of crops, each of as many groups drawn with replacement: crops of one slide are not independent."""
+    g = np.random.default_rng(seed)
+    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
+    return [np.concatenate([members[m] for m in g.integers(len(members), size=len(members))]) for _ in range(resamples)]
+
+
+def intervals(
+    labels: np.ndarray, p: np.ndarray, groups: np.ndarray, threshold: float, resamples: int = 500
+) -> dict[str, tuple[float, float]]:
+    """95% interval of each score by a bootstrap over groups; NaN with fewer than two groups or too few of a class."""
+    drawn = [scores(labels[i], p[i], threshold) for i in group_bootstrap(groups, resamples)]
+    result = {}
+    for name in drawn[0]:
+        values = np.array([one[name] for one in drawn])
+        enough = len(np.unique(groups)) > 1 and np.isfinite(values).mean() > 0.9
+        low, high = np.nanquantile(values, [0.025, 0.975]) if enough else (np.nan, np.nan)
+        result[name] = (float(low), float(high))
+    return result
+
+
 def best_threshold(labels: np.ndarray, values: np.ndarray) -> tuple[float, float]:
     """(threshold, balanced accuracy) of the cut `values >= threshold` with the highest balanced accuracy.
 
-    The cut lies midway between two neighbouring values, in the middle of the best plateau.
+    The cut lies midway between two neighbouring values; of several that are equally good, the middle one.
     """
     order = np.argsort(values)
     sorted_values, positive = values[order], labels[order] == 1
@@ -35,8 +108,9 @@ def best_threshold(labels: np.ndarray, values: np.ndarray) -> tuple[float, float
     missed = np.concatenate([[0], np.cumsum(positive)])
     passed = np.concatenate([[0], np.cumsum(~positive)])
     score = (1 - missed / positive.sum() + passed / (~positive).sum()) / 2
-    edges = np.concatenate([[sorted_values[0] - 1], (sorted_values[1:] + sorted_values[:-1]) / 2, [sorted_values[-1] + 1]])
+    middles = (sorted_values[1:] + sorted_values[:-1]) / 2
+    edges = np.concatenate([[sorted_values[0] - 1], middles, [sorted_values[-1] + 1]])
     cuttable = np.concatenate([[True], sorted_values[1:] > sorted_values[:-1], [True]])
     score = np.where(cuttable, score, -1)
     best = score.max()
-    return float(np.median(edges[score == best])), float(best)
+    return float(np.quantile(edges[score == best], 0.5, method="lower")), float(best)
