@@ -46,7 +46,7 @@ def read_metaimage(path: Path, check: Callable[[int, int, int], None]) -> np.nda
         data = _inflate(stream, wanted) if _flag(fields, "compresseddata") else stream.read(wanted + 1)
     if len(data) != wanted:
         found = "more" if len(data) > wanted else f"{len(data):,} readable"
-        raise UserError(f"{path.name} holds {found} bytes of pixels; its header promises {wanted:,}; write it again")
+        raise UserError(f"{path.name} holds {found} bytes of pixels; expected {wanted:,} by its header; write it again")
     big = _flag(fields, "binarydatabyteordermsb") or _flag(fields, "elementbyteordermsb")
     return np.frombuffer(data, np.dtype(dtype).newbyteorder(">" if big else "<")).reshape(shape)
 
@@ -59,7 +59,9 @@ def _header(path: Path, stream: BinaryIO) -> dict[str, str]:
         key, equals, value = line.decode("latin-1").partition("=")
         key = key.strip().lower()
         if not equals or not line.endswith(b"\n") or not key.replace("_", "").isalnum() or stream.tell() > HEADER:
-            raise UserError(f"{path.name} has no MetaImage header that ends with ElementDataFile; write it again")
+            raise UserError(
+                f"{path.name} has a damaged header; expected a MetaImage's, up to ElementDataFile; write it again"
+            )
         if key in fields:
             raise UserError(f"{path.name} has {key:.40} twice in its header; expected it once; write it again")
         fields[key] = value.strip()

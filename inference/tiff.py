@@ -89,8 +89,8 @@ def check_tiff(path: Path, check: Callable[[int, int, int], None]) -> int:
             segments, pixel_bytes = segments + len(counts), pixel_bytes + sum(counts)
             if segments > MAX_SEGMENTS or tag_bytes > size or pixel_bytes > size:
                 raise UserError(
-                    f"{path.name} claims {segments:,} strips, {pixel_bytes:,} bytes of pixels and {tag_bytes:,} of tags "
-                    f"by page {page}; expected {MAX_SEGMENTS:,} at most, in {size:,} bytes; write it again"
+                    f"{path.name} claims {segments:,} strips, {pixel_bytes:,} bytes of pixels, {tag_bytes:,} of tags "
+                    f"by page {page}; expected {MAX_SEGMENTS:,} at most, in {size:,} bytes; write anew"
                 )
     if not seen:
         raise UserError(f"{path.name} has no page; expected one or more; write it again")
@@ -104,7 +104,7 @@ def _first(path: Path, stream: BinaryIO) -> tuple[int, tuple[str, bool]]:
     try:
         if order and struct.unpack(order + "H", header[2:4])[0] == 42:
             return struct.unpack(order + "I", header[4:8])[0], (order, False)
-        if order and struct.unpack(order + "HHH", header[2:8]) == (43, 8, 0):
+        if order == "<" and struct.unpack("<HHH", header[2:8]) == (43, 8, 0):  # Pillow does not read big-endian ones
             return struct.unpack(order + "Q", header[8:16])[0], (order, True)
     except struct.error:
         pass
