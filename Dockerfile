@@ -2,6 +2,8 @@
 # Layers from the rarest change to the most frequent: dependencies, base weights, then code and adapters in one small layer.
 # A tag and no digest: the digest differs per mirror. Any Debian bookworm with Python 3.11 and venv will do.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
+# How the platform runs tasks: `exec` starts the program for each, `invoke` starts a server once (build.sh --api).
+ARG API_METHOD=exec
 
 # ---- dependencies ---------------------------------------------------------------------------------------------------
 FROM ${BASE_IMAGE} AS dependencies
@@ -53,11 +55,8 @@ COPY ${ENSEMBLE} /opt/app/weights/default
 RUN chmod -R u=rwX,go=rX /opt/app && /opt/venv/bin/python -m compileall -q /opt/app/inference
 
 # ---- what is shipped ------------------------------------------------------------------------------------------------
-FROM dependencies
-ARG API_METHOD=exec
-LABEL org.grand-challenge.api-method=${API_METHOD} \
-    org.opencontainers.image.title="midog-lora" \
-    org.opencontainers.image.licenses="Apache-2.0"
+FROM dependencies AS job
+LABEL org.opencontainers.image.title="midog-lora" org.opencontainers.image.licenses="Apache-2.0"
 # Nothing is fetched at run time, and what libraries want to cache goes to /tmp, the only place that is always writable.
 ENV PATH=/opt/venv/bin:$PATH \
     HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HOME=/tmp/huggingface TORCH_HOME=/tmp/torch XDG_CACHE_HOME=/tmp/cache \
@@ -71,3 +70,13 @@ USER user
 RUN python -c "from pathlib import Path; from inference.ensemble import Ensemble; \
 print('opened', Ensemble.load(Path('weights/default'), device='cpu').manifest.name)" && rm -rf /tmp/*
 ENTRYPOINT ["python", "-m", "inference"]
+
+# label and command go together; no command but the entry point runs one job
+FROM job AS job-exec
+LABEL org.grand-challenge.api-method=exec
+
+FROM job AS job-invoke
+LABEL org.grand-challenge.api-method=invoke
+CMD ["serve", "--host", "0.0.0.0"]
+
+FROM job-${API_METHOD}

@@ -1,20 +1,22 @@
 #!/usr/bin/env bash
 # Builds what runs the job: the container image where a Docker engine answers, and else .venv from the same requirements.
-#   ./build.sh [--engine docker|native] [--ensemble DIR] [--requirements FILE]
+#   ./build.sh [--engine docker|native] [--ensemble DIR] [--api exec|invoke] [--requirements FILE]
 # --ensemble      the folder under weights/ that goes into the image (default: weights/default)
+# --api           image only: exec (default) runs a job per start, invoke starts the server (port 4743) once for many tasks
 # --requirements  native only: requirements.txt (default), requirements-train.txt or requirements-dev.txt
 # Environment: IMAGE (tag, default midog-lora), BASE_IMAGE, DOCKER (client), DOCKER_BUILD_ARGS (more options for docker build)
 set -euo pipefail
 cd "$(dirname "$0")"
 fail() { echo "build.sh: $*" >&2; exit 1; }
 
-engine='' ensemble=weights/default requirements=requirements.txt
+engine='' ensemble=weights/default api='' requirements=requirements.txt
 while [ $# -gt 0 ]; do
     case $1 in
         --engine) engine=${2:-}; shift 2 ;;
         --ensemble) ensemble=${2:-}; ensemble=${ensemble%/}; shift 2 ;;
+        --api) api=${2:-}; shift 2 ;;
         --requirements) requirements=${2:-}; shift 2 ;;
-        -h | --help) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit ;;
+        -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit ;;
         *) fail "unknown option $1; see --help" ;;
     esac
 done
@@ -30,6 +32,7 @@ find_docker() {
 
 build_image() {
     local image=${IMAGE:-midog-lora} options=()
+    case $api in exec | invoke | '') ;; *) fail "--api $api; expected exec or invoke" ;; esac
     case $ensemble in /* | ../*) fail "$ensemble lies outside this folder; Docker can only copy what is inside, e.g. weights/NAME" ;; esac
     [ -f "$ensemble/ensemble.json" ] || fail "no $ensemble/ensemble.json; expected an ensemble folder; see weights/default"
     # an engine without a bridge has no network of its own for the build
@@ -37,6 +40,7 @@ build_image() {
     # an attestation would make `docker save` write a second manifest, which the platform refuses
     case $("$docker" build --help 2>/dev/null) in *--provenance*) options+=(--provenance=false) ;; esac
     [ -z "${BASE_IMAGE:-}" ] || options+=(--build-arg "BASE_IMAGE=$BASE_IMAGE")
+    [ -z "$api" ] || options+=(--build-arg "API_METHOD=$api")
     # shellcheck disable=SC2086  # several options in one variable
     "$docker" build --platform linux/amd64 "${options[@]}" --build-arg "ENSEMBLE=$ensemble" ${DOCKER_BUILD_ARGS:-} --tag "$image" .
     echo "layers of $image, newest first:"

@@ -10,3 +10,7 @@ compile() { # the three files agree with each other because each takes the one b
 compile job requirements.txt "$@"
 compile train requirements-train.txt "$@"
 compile dev requirements-dev.txt "$@"
+
+# the platform's own entry shim; see requirements/shim.in
+compile shim requirements-shim.txt "$@"
+echo "sagemaker-shim==0.8.3 --hash=sha256:16ba40dde975632b7d8588711147074d849cf2b9b285dfaedc37ce1a82bb91ba" >>requirements-shim.txt
