@@ -47,6 +47,7 @@ def run(options: argparse.Namespace) -> None:
     origin = str(options.file.name if options.file else row.source)
     partial = target.with_suffix(".partial")
     save_file(state, partial, metadata={"backbone": options.name, "source": origin, "licence": row.licence})
+    partial.chmod(0o644)  # safetensors writes for the owner alone, and an image's user is another
     os.replace(partial, target)
     record = {"backbone": options.name, "source": origin, "licence": row.licence, "sha256": sha256(target)}
     target.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")

@@ -23,7 +23,7 @@ from .fit import load_crops
 from .recipe import from_dict
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
-DRIFT_CROPS = 64
+DRIFT_CROPS = 32
 DRIFT_ALLOWED = 0.02  # of P(atypical): a precision that moves a probability further is not allowed
 
 
