@@ -46,7 +46,7 @@ def find_stack(input_dir: Path) -> Path:
 
 
 def _check_inside(file: Path, input_dir: Path) -> None:
-    if not file.resolve().is_relative_to(input_dir.resolve()):
+    if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(input_dir)):
         raise UserError(f"{file} is a link that leads out of {input_dir}; expected a file in it; copy the file")
 
 

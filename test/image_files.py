@@ -258,7 +258,7 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
 
 
 def million_pages() -> bytes:
-    """A million directories of one and the same page, 6 bytes of link apart: small, and endless for a lenient reader."""
+    """Directories of one and the same page, one after another; what lies beyond the reader's bound is left out."""
     page = grey_page()
     size = 2 + 12 * len(page) + 4
     body = struct.pack("<H", len(page)) + b"".join(struct.pack("<HHII", tag, *page[tag]) for tag in sorted(page))
