@@ -52,7 +52,7 @@ def reliability(labels: np.ndarray, p: np.ndarray, bins: int = ECE_BINS) -> tupl
 
 
 def ece(labels: np.ndarray, p: np.ndarray, bins: int = ECE_BINS) -> float:
-    """Expected calibration error: distance of P(atypical) from the share of atypical crops, averaged over the bins."""
+    """Expected calibration error: the bins' mean distance of P(atypical) from the share of atypical."""
     count, mean, share = reliability(labels, p, bins)
     return float((count * np.abs(mean - share)).sum() / count.sum())
 
