@@ -126,7 +126,7 @@ def test_a_number_without_passwd_line_keeps_roots_home(build: Callable[..., str]
         ),
         ("open('/opt/cache', 'w')", USER, "Permission denied: '/opt/cache'"),
         ("x = bytearray(20 * 2**30)", USER, "exit code 1: MemoryError"),
-        (WRITE, "USER ghost\n", "User 'ghost' not found"),
+        (WRITE, "USER ghost\n", "USER instruction does not exist ('ghost')"),
         (WRITE, USER + "VOLUME /input\n", "directories could not be reset"),
         ("import urllib.request as u; u.urlopen('http://198.51.100.1')", USER, "Network is unreachable"),
     ],

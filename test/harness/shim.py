@@ -35,27 +35,29 @@ class SetupError(Exception):
     """The platform ends the job with this message before the program starts."""
 
 
-def find_user(user: str) -> tuple[int, int, list[int], str | None]:
-    """Resolves Docker's USER into (uid, gid, groups, home); an unknown number keeps group 0 and the caller's home."""
-    match = re.fullmatch(r"([A-Za-z][A-Za-z0-9._-]*|[0-9]+)(?::([A-Za-z][A-Za-z0-9._-]*|[0-9]+))?", user)
+def find_user(user: str) -> tuple[int | None, int | None, list[int], str | None]:
+    """Resolves Docker's USER into (uid, gid, groups, home); an unknown number keeps the caller's group and home."""
+    match = re.fullmatch(r"([A-Za-z][A-Za-z0-9._-]*|[0-9]+)?(?::([A-Za-z][A-Za-z0-9._-]*|[0-9]+))?", user)
     if not match:
-        raise SetupError(f"Invalid user '{user}'")
+        raise SetupError(f"Invalid argument for the containers USER instruction ({user!r})")
     name, group = match.groups()
-    try:
-        entry = pwd.getpwuid(int(name)) if name.isdigit() else pwd.getpwnam(name)
-        uid, gid, home = entry.pw_uid, entry.pw_gid, entry.pw_dir
-        groups = os.getgrouplist(entry.pw_name, gid)
-    except KeyError:
-        if not name.isdigit():
-            raise SetupError(f"User '{name}' not found") from None
-        uid, gid, groups, home = int(name), 0, [], None
-    if group:
+    uid, gid, home = None, None, None
+    groups: list[int] = []
+    if name is not None:
+        try:
+            entry = pwd.getpwuid(int(name)) if name.isdigit() else pwd.getpwnam(name)
+            uid, gid, home = entry.pw_uid, entry.pw_gid, entry.pw_dir
+            groups = [line.gr_gid for line in grp.getgrall() if entry.pw_name in line.gr_mem]
+        except KeyError:
+            if not name.isdigit():
+                raise SetupError(f"The user defined in the containers USER instruction does not exist ({name!r})") from None
+            uid = int(name)
+    if group is not None:
         try:
             gid = int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
         except KeyError:
-            raise SetupError(f"Group '{group}' not found") from None
-        groups = [gid]
-    return uid, gid, groups, home
+            raise SetupError(f"The group defined in the containers USER instruction does not exist ({group!r})") from None
+    return uid, gid, groups if gid is None else [gid, *sorted({*groups} - {gid})], home
 
 
 def clean(folder: Path) -> None:
@@ -124,7 +126,7 @@ def set_up_model(job: dict[str, Any]) -> None:
     except (tarfile.TarError, OSError, EOFError) as error:
         raise SetupError(f"Could not set up model: Tarfile could not be extracted ({error})") from error
     if job["user"]:
-        uid, gid, _, _ = find_user(job["user"])
+        uid, gid = (-1 if number is None else number for number in find_user(job["user"])[:2])
         for path in Path(job["model"]).rglob("*"):
             os.chown(path, uid, gid, follow_symlinks=False)
 
@@ -141,8 +143,8 @@ def oom_kills() -> int:
     return 0
 
 
-def run_command(job: dict[str, Any], files: Path) -> dict[str, Any]:
-    """Runs the command to its end and returns its part of result.json."""
+def start_command(job: dict[str, Any], files: Path) -> tuple[subprocess.Popen[bytes], list[threading.Thread]]:
+    """Starts the command as the image's user; two threads write its streams into stdout.log and stderr.log."""
     env = {k: v for k, v in os.environ.items() if not k.lower().startswith("grand_challenge_")} | job["env"]
     env.pop("PYTHONCOERCECLOCALE", None)  # set by the caller, lest this Python adds LC_CTYPE
     identity: dict[str, Any] = {}
@@ -157,7 +159,7 @@ def run_command(job: dict[str, Any], files: Path) -> dict[str, Any]:
         if limit:
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
-    start, kills = time.monotonic(), oom_kills()
+    defined = "the containers ENTRYPOINT and CMD instructions"
     try:
         process = subprocess.Popen(
             job["command"],
@@ -170,6 +172,11 @@ def run_command(job: dict[str, Any], files: Path) -> dict[str, Any]:
             preexec_fn=limit_data,
             **identity,
         )
+    except PermissionError as error:
+        message = "The user defined in the containers USER instruction does not have permission to execute the command"
+        raise SetupError(f"{message} defined by {defined} ({error})") from error
+    except FileNotFoundError as error:
+        raise SetupError(f"The command defined by {defined} does not exist ({error})") from error
     except (OSError, subprocess.SubprocessError) as error:
         raise SetupError(f"The command {job['command']} could not be started: {error}") from error
     readers = []
@@ -177,17 +184,30 @@ def run_command(job: dict[str, Any], files: Path) -> dict[str, Any]:
         log = open(files / name, "wb", buffering=0)  # noqa: SIM115  (closed with the process)
         readers.append(threading.Thread(target=shutil.copyfileobj, args=(stream, log), daemon=True))
         readers[-1].start()
+    return process, readers
+
+
+def end_group(process: subprocess.Popen[bytes]) -> int:
+    """TERM to the process group, KILL after the grace period; returns the exit code."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    try:
+        return process.wait(GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.wait()
+
+
+def run_command(job: dict[str, Any], files: Path) -> dict[str, Any]:
+    """Runs the command to its end and returns its part of result.json."""
+    start, kills = time.monotonic(), oom_kills()
+    process, readers = start_command(job, files)
     timed_out = False
     try:
         code = process.wait(job["time_limit"])
     except subprocess.TimeoutExpired:
         timed_out = True
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            code = process.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            code = process.wait()
+        code = end_group(process)
     # the platform reads both streams to their end: a child that keeps them open keeps the job
     deadline = time.monotonic() + (GRACE_SECONDS if timed_out else min(30, job["time_limit"]))
     for reader in readers:
@@ -206,11 +226,12 @@ def run_command(job: dict[str, Any], files: Path) -> dict[str, Any]:
 
 
 def upload(output: Path, target: Path) -> str | None:
-    """Copies every regular file below /output, following links; returns the error that a dangling link causes."""
+    """Copies every regular file below /output, following links; returns the error that a link to no file causes."""
     for path in sorted(output.rglob("*")):
         place = target / path.relative_to(output)
-        if not path.exists():
-            return f"{path.name} is a dangling link: the upload of the output breaks"
+        if path.is_symlink() and not path.is_file():
+            kind = "a link to a folder" if path.exists() else "a dangling link"
+            return f"{path.name} is {kind}: the upload of the output breaks"
         if stat.S_ISREG(path.stat().st_mode):
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, place)
