@@ -19,7 +19,7 @@ from .errors import UserError
 from .jsonfile import read_json
 
 PREFIX = "base_model.model."
-HEADS = ("head", "classifier")  # timm's names of a linear head
+HEADS = ("head", "classifier", "head.fc", "fc")  # timm's names of a linear head
 # PEFT's settings that say what an adapter is, where it came from or how it was trained, and that are read as they are
 _DESCRIPTIVE = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_alpha", "lora_dropout", "modules_to_save",
@@ -182,7 +182,7 @@ class Weights:
         layers = [name.removesuffix(".weight") for name in sorted(self.names) if name.endswith(".weight")]
         layers = [layer for layer in layers if len(self.shape(f"{layer}.weight")) in (2, 4)]
         self.adapters = [read_adapter(folder, layers) for folder in folds]
-        self._adapted = {f"{layer}.weight" for adapter in self.adapters for layer in adapter.lora}
+        self.adapted = {f"{layer}.weight" for adapter in self.adapters for layer in adapter.lora}
         for folder, adapter in zip(folds, self.adapters, strict=True):
             self._check_shapes(folder, adapter)
         self._kept: dict[Any, Any] = {}
@@ -221,7 +221,7 @@ class Weights:
         if name in ("head.weight", "head.bias"):
             return torch.stack([getattr(adapter, name.replace(".", "_")) for adapter in self.adapters]).to(self.device)
         base = self._read(name).float()
-        if name not in self._adapted:
+        if name not in self.adapted:
             return base
         pairs = [(adapter.lora.get(name.removesuffix(".weight")), adapter.scale) for adapter in self.adapters]
         return torch.stack(
@@ -231,7 +231,7 @@ class Weights:
     def __getitem__(self, name: str) -> torch.Tensor:
         """In the computing precision."""
         if name not in self._kept:
-            direct = name in self.names and name not in self._adapted
+            direct = name in self.names and name not in self.adapted
             self._kept[name] = (self._read(name) if direct else self._exact(name)).to(self.dtype)
         return self._kept[name]
 

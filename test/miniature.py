@@ -17,7 +17,7 @@ from training.lora import lora_model
 def overrides(backbone: str) -> dict[str, Any]:
     """What makes `backbone` small: two blocks, and 16 channels for each of its attention heads."""
     row = BACKBONES[backbone]
-    return {} if row.family == "efficientnet" else dict(depth=2, embed_dim=16 * row.heads)
+    return dict(depth=2, embed_dim=16 * row.heads) if row.heads else {}
 
 
 def random_base(backbone: str, file: Path, seed: int = 0) -> Path:
@@ -63,7 +63,7 @@ def make_ensemble(
     targets = targets or next(iter(row.targets))
     models = [random_fold(backbone, base, folder / name, targets, pool, seed) for seed, name in enumerate(names, 1)]
     files = ("adapter_config.json", "adapter_model.safetensors")
-    size = 64 if row.family == "efficientnet" else row.size
+    size = row.size if row.heads else 64
     content = {
         "format": 1, "name": "miniature", "backbone": backbone, "pool": pool,
         "base": {"file": base.name, "sha256": sha256(base)},

@@ -15,8 +15,6 @@ from inference.errors import UserError
 if TYPE_CHECKING:
     from peft import PeftModel
 
-HEADS = {"vit": "head", "dinov3": "head", "efficientnet": "classifier"}
-
 
 def adapted_layers(model: torch.nn.Module, pattern: str) -> list[str]:
     """Names of the linear and convolution layers that `pattern` matches whole."""
@@ -49,7 +47,7 @@ def lora_model(
     row = lookup(backbone)
     if targets not in row.targets:
         raise UserError(f"{backbone} has no LoRA target set {targets!r}; expected one of {', '.join(row.targets)}")
-    head = HEADS[row.family]
+    head = row.head
     model = build(backbone, 1, pool, **overrides)
     with torch.no_grad():  # timm draws a head for 1,000 classes, far too large for one logit
         for parameter in model.get_submodule(head).parameters():
