@@ -252,7 +252,7 @@ def test_progress_is_for_terminals_only() -> None:
 
 
 def test_the_command_itself(weights, crops) -> None:
-    """Without --csv and --report the rows go to stdout, the summary to stderr; a refusal is one line and exit code 1."""
+    """Without --csv and --report the rows go to stdout, the summary to stderr; a refusal is one line and code 1."""
     command = [sys.executable, "-m", "inference", "score", "--weights", str(weights), "--device", "cpu"]
     done = subprocess.run([*command, str(crops[0] / "atypical")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
