@@ -37,7 +37,7 @@ def open_safetensors(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{file} is not readable as safetensors ({error}); export the ensemble again") from None
+        raise UserError(f"{file} is not readable ({error}); expected safetensors; export the ensemble again") from None
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def read_adapter(folder: Path, layers: list[str]) -> Adapter:
     if not expected or found != expected:
         extra = ", ".join(sorted(found ^ expected)[:3]) or "nothing at all"
         raise UserError(
-            f"{file}: adapts {len(found)} layers, its targets match {len(expected)} ({extra:.200}); export again"
+            f"{file}: adapts {len(found)} layers, expected {len(expected)} by its targets ({extra:.200}); export again"
         )
     head = next((name for name in HEADS if f"{name}.weight" in tensors), None)
     if head is None or f"{head}.bias" not in tensors:
@@ -78,11 +78,13 @@ def read_adapter(folder: Path, layers: list[str]) -> Adapter:
             or (len(a), 1, 1)[: b.ndim - 1] != b.shape[1:]
             or len(a) != rank
         ):
-            raise UserError(f"{file}: {layer} has no matching pair of rank {rank}; export the adapter again")
+            raise UserError(
+                f"{file}: {layer} has other shapes; expected a pair of rank {rank}; export the adapter again"
+            )
         lora[layer] = (a, b)
     if tensors:
         raise UserError(
-            f"{file}: {next(iter(tensors)):.100} is not part of plain LoRA with a head; export the adapter again"
+            f"{file}: {next(iter(tensors)):.100} is left over; expected plain LoRA and a head; export the adapter again"
         )
     return Adapter(lora, scale, head_weight, head_bias)
 
@@ -140,11 +142,13 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
         try:
             tensor = stored.get_tensor(name)
         except (SafetensorError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{file}: tensor {name:.100} is not readable ({error}); export the adapter again") from None
+            raise UserError(
+                f"{file}: tensor {name:.100} is not readable ({error}); expected a whole one; export the adapter again"
+            ) from None
         short = name.removeprefix(PREFIX)
         if not tensor.is_floating_point() or short in tensors or not tensor.float().isfinite().all():
             raise UserError(
-                f"{file}: {name:.100} is {tensor.dtype}, stored twice or not finite; export the adapter again"
+                f"{file}: {name:.100} is {tensor.dtype}, stored twice or not finite; expected finite fp32; export again"
             )
         tensors[short] = tensor.float()
     return tensors
@@ -191,11 +195,14 @@ class Weights:
         for layer, (a, b) in adapter.lora.items():
             shape = self.shape(f"{layer}.weight")
             if (len(b), *a.shape[1:]) != shape:
-                raise UserError(f"{folder}: {layer} changes {(len(b), *a.shape[1:])}, the base has {shape}; wrong base")
+                raise UserError(
+                    f"{folder}: {layer} changes {(len(b), *a.shape[1:])}; expected {shape} as in the base; "
+                    "choose the base that it was trained on"
+                )
         width = self.adapters[0].head_weight.shape[1]
         if adapter.head_weight.shape[1] != width:
             raise UserError(
-                f"{folder}: head takes {adapter.head_weight.shape[1]} features, fold 0 {width}; export again"
+                f"{folder}: head takes {adapter.head_weight.shape[1]} features; expected {width} as fold 0; export"
             )
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -211,7 +218,7 @@ class Weights:
         """As stored, on the device."""
         if name not in self.names:
             raise UserError(
-                f"{self._file}: no tensor {name}; the backbone needs it; make the base with 'training base'"
+                f"{self._file}: no tensor {name}; expected one for the backbone; make it with 'training base'"
             )
         # through a handle of its own: the shared one would keep every page that was ever read mapped, a second copy
         return open_safetensors(self._file).get_tensor(name).to(self.device)
