@@ -53,13 +53,13 @@ def _check_inside(file: Path, input_dir: Path) -> None:
 def _check_socket(listing: Path, input_dir: Path) -> None:
     """UserError unless `listing` names the stack's socket, or does not exist."""
     _check_inside(listing, input_dir)
-    do = "expected the platform's list of socket values; check the input"
+    do = "check that it is the platform's"
     try:
         values = read_json(listing, do)
     except FileNotFoundError:
         return
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
-        raise UserError(f"{listing} holds no list of objects; {do}")
+        raise UserError(f"{listing} holds no list of objects; expected one for each socket; {do}")
     sockets = [value.get(key) for value in values for key in ("socket", "interface")]
     slugs = [socket.get("slug") for socket in sockets if isinstance(socket, dict)]
     if SLUG not in slugs:
@@ -111,7 +111,9 @@ def remove_answers(output_dir: Path) -> None:
     try:
         (output_dir / OUTPUT).unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"cannot remove the old {output_dir / OUTPUT} ({error.strerror}); remove it by hand") from None
+        raise UserError(
+            f"cannot remove the old {output_dir / OUTPUT} ({error.strerror}); expected a writable folder; remove it"
+        ) from None
 
 
 def _write_whole(file: Path, data: bytes) -> None:

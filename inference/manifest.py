@@ -85,7 +85,7 @@ def load_manifest(folder: Path) -> Manifest:
         ) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise UserError(f"{file} has format {found!r:.80}; this version reads {FORMAT}; export the ensemble again")
+        raise UserError(f"{file} has format {found!r:.80}; expected {FORMAT}; export the ensemble again")
     for key, (kind, accepts) in _SCHEMA.items():
         _check(file, key, content.get(key), kind, accepts)
     base, preprocess = content["base"], content["preprocess"]
@@ -175,7 +175,7 @@ def _find_base(folder: Path, name: str) -> Path:
         if place.is_file():
             return place
     command = f"python -m training base {name.removesuffix('.safetensors')}"
-    raise UserError(f"base weights {name} not found in {folder} or {BASES}; make them with '{command}'")
+    raise UserError(f"base weights {name} not found; expected them in {folder} or {BASES}; make them with '{command}'")
 
 
 def sha256(file: Path) -> str:
@@ -197,7 +197,9 @@ def check_hashes(files: Iterable[tuple[Path, str]]) -> None:
         try:
             found = sha256(file)
         except OSError as error:
-            raise UserError(f"{file} cannot be read ({error.strerror}); the manifest names it; copy it again") from None
+            raise UserError(
+                f"{file} cannot be read ({error.strerror}); expected it as the manifest says; copy it again"
+            ) from None
         if found != expected:
             raise UserError(f"{file} has SHA-256 {found}; the manifest expects {expected}; copy the ensemble again")
 

@@ -1,0 +1,199 @@
+"""What is fuzzed: each target takes any bytes and raises AssertionError, or worse, where a job would end wrongly.
+
+A job around a stub ensemble must end with valid answers and a silent stderr, or with exit code 1, one line on stderr
+and an empty output folder. Reading an adapter must give finite tensors or one UserError.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from inference.adapters import read_adapter
+from inference.errors import UserError
+from test.image_files import bad_files, good_files, metaimage, stack, with_pillow
+from test.stub import LISTING, check_ended, make_input, run_job, stub_manifest
+
+LARGEST = 60_000  # bytes of a seed
+INTERESTING = (0, 1, 2, 3, 4, 7, 8, 16, 255, 256, 4096, 8192, 8193, 65535, 1 << 31, (1 << 32) - 1)
+LAYERS = ["blocks.0.attn.qkv", "blocks.1.attn.qkv", "patch_embed.proj"]
+
+
+@cache
+def workplace() -> Path:
+    """A folder of this process, in memory where that is possible."""
+    shared = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir=shared if shared.is_dir() else None))
+    stub_manifest(folder / "ensemble")
+    (folder / "output").mkdir()
+    return folder
+
+
+def job(content: bytes, name: str) -> None:
+    """A job on a stack of these bytes."""
+    folder = workplace() / "stack"
+    shutil.rmtree(folder, ignore_errors=True)
+    end(make_input(folder, content, name))
+
+
+def inputs(content: bytes) -> None:
+    """A job whose inputs.json holds these bytes."""
+    end(make_input(workplace() / "listing", small_stack(), listing=content))
+
+
+def manifest(content: bytes) -> None:
+    """A job whose ensemble.json holds these bytes."""
+    (workplace() / "ensemble/ensemble.json").write_bytes(content)
+    end(make_input(workplace() / "listing", small_stack()))
+
+
+def end(input_dir: Path) -> None:
+    output = workplace() / "output"
+    for file in output.iterdir():
+        file.unlink()
+    check_ended(run_job(input_dir, output, workplace() / "ensemble"))
+
+
+@cache
+def small_stack() -> bytes:
+    from PIL import Image
+
+    return with_pillow([Image.fromarray(page) for page in stack(pages=2)])
+
+
+@cache
+def adapter() -> Path:
+    """A right adapter for LAYERS."""
+    from safetensors.numpy import save_file
+
+    folder = workplace() / "adapter"
+    folder.mkdir()
+    ones = {"lora_A.weight": np.ones((2, 4), np.float32), "lora_B.weight": np.ones((12, 2), np.float32)}
+    state = {f"base_model.model.{layer}.{name}": value for layer in LAYERS[:2] for name, value in ones.items()}
+    state["base_model.model.head.weight"] = np.ones((1, 4), np.float32)
+    state["base_model.model.head.bias"] = np.ones(1, np.float32)
+    save_file(state, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": "blocks\\.\\d+\\.attn\\.qkv", "bias": "none",
+        "init_lora_weights": True, "modules_to_save": ["head"], "use_rslora": False, "rank_pattern": {},
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    read_adapter(folder, LAYERS)
+    return folder
+
+
+def adapter_file(content: bytes, name: str) -> None:
+    """Reading an adapter one of whose files holds these bytes."""
+    file = adapter() / name
+    right = file.read_bytes()
+    file.write_bytes(content)
+    try:
+        read = read_adapter(adapter(), LAYERS)
+    except UserError as error:
+        assert "\n" not in str(error) and "expect" in str(error) and str(error).count(";") >= 2, error
+    else:
+        assert read.lora.keys() <= set(LAYERS) and read.lora and np.isfinite(read.scale)
+        assert all(tensor.isfinite().all() for pair in read.lora.values() for tensor in pair)
+    finally:
+        file.write_bytes(right)
+
+
+def mutate_tiff(data: bytes, largest: int, seed: int) -> bytes:
+    """One change to a structure that matters: a field of a directory's entry, a link, or the order of two entries."""
+    draw, content = random.Random(seed), bytearray(data[:largest])
+    order = ">" if content[:2] == b"MM" else "<"
+    places: list[int] = []
+    try:
+        offset = struct.unpack_from(order + "I", content, 4)[0]
+        while offset and offset not in places and len(places) < 16:
+            places.append(offset)
+            count = struct.unpack_from(order + "H", content, offset)[0]
+            offset = struct.unpack_from(order + "I", content, offset + 2 + 12 * count)[0]
+        place = draw.choice(places)
+        count = struct.unpack_from(order + "H", content, place)[0]
+        entry = place + 2 + 12 * draw.randrange(max(count, 1))
+        value = draw.choice((*INTERESTING, *places, draw.randrange(len(content)), draw.getrandbits(32)))
+        what = draw.randrange(6)
+        if what == 0:
+            struct.pack_into(order + "I", content, place + 2 + 12 * count, value & 0xFFFFFFFF)
+        elif what == 1:
+            struct.pack_into(order + "H", content, entry + draw.choice((0, 2)), value & 0x1FF)
+        elif what == 2:
+            other = place + 2 + 12 * draw.randrange(max(count, 1))
+            content[entry : entry + 12], content[other : other + 12] = (
+                content[other : other + 12],
+                content[entry : entry + 12],
+            )
+        else:
+            struct.pack_into(order + "I", content, entry + draw.choice((4, 8)), value & 0xFFFFFFFF)
+    except (struct.error, IndexError):
+        pass
+    return bytes(content)
+
+
+def seeds(*endings: str) -> Callable[[], dict[str, bytes]]:
+    def made() -> dict[str, bytes]:
+        files = {name: file[0] for name, file in {**good_files(), **bad_files()}.items()}
+        return {name: file for name, file in files.items() if name.lower().endswith(endings) and len(file) <= LARGEST}
+
+    return made
+
+
+@dataclass(frozen=True)
+class Target:
+    """run: called with the bytes; seeds: name to content; words: the fuzzer's dictionary; mutate: its own mutator."""
+
+    run: Callable[[bytes], None]
+    seeds: Callable[[], dict[str, bytes]]
+    words: tuple[str, ...] = ()
+    mutate: Callable[[bytes, int, int], bytes] | None = None
+
+
+JSON = ("null", "true", "NaN", "-1", "1e999", '\\"', "[", "{", "}", "]", ":", ",", "\\\\u0000", "\\\\ud800")
+HEADER = tuple(line.split(" =")[0] for line in metaimage(stack(), 3).split(b"LOCAL")[0].decode().splitlines())
+TARGETS = {
+    "tiff": Target(lambda b: job(b, "stack.tiff"), seeds(".tif", ".tiff"), mutate=mutate_tiff),
+    "mha": Target(
+        lambda b: job(b, "stack.mha"), seeds(".mha"), (*HEADER, " = ", "LOCAL", "LIST", "True", "False", "0 1 ")
+    ),
+    "image": Target(
+        lambda b: job(b, "stack.tif"), seeds(".png", ".jpg"), ("IHDR", "IDAT", "tRNS", "PLTE", "acTL", "fdAT")
+    ),
+    "inputs": Target(inputs, lambda: {"right": json.dumps(LISTING).encode()}, (*JSON, "socket", "interface", "slug")),
+    "manifest": Target(
+        manifest,
+        lambda: {"right": json.dumps(stub_manifest(workplace() / "ensemble")).encode()},
+        (*JSON, "..", "/etc/passwd", "base.safetensors", "fold0"),
+    ),
+    "adapter-config": Target(
+        lambda b: adapter_file(b, "adapter_config.json"),
+        lambda: {"right": (adapter() / "adapter_config.json").read_bytes()},
+        (*JSON, "target_modules", "lora_alpha", "rank_pattern", "use_dora", "\\\\d+", "(.*)+", "|", "(?:"),
+    ),
+    "adapter-tensors": Target(
+        lambda b: adapter_file(b, "adapter_model.safetensors"),
+        lambda: {"right": (adapter() / "adapter_model.safetensors").read_bytes()},
+        (
+            *JSON,
+            "dtype",
+            "shape",
+            "data_offsets",
+            "F16",
+            "BF16",
+            "I8",
+            "F8_E4M3",
+            "BOOL",
+            "__metadata__",
+            "lora_A.weight",
+        ),
+    ),
+}
