@@ -2,8 +2,8 @@
 
     python -m benchmarks.cold_start --backbone virchow --crops 16 [--device cuda] [--json FILE]
 
-Every run is a fresh process; the two paths take turns. `--backbone default` compares the shipped ensemble with the official
-reference container's way instead (one EfficientNetV2-M).
+Every run is a fresh process; the two paths take turns. `--backbone default` compares the shipped ensemble with the
+official reference container's way instead (one EfficientNetV2-M).
 """
 
 from __future__ import annotations
@@ -84,15 +84,11 @@ def measure(backbone: str, crops: int, device: str, precision: str, repeats: int
         "read the base": manifest.base.stat().st_size / read,
         "multiply-adds": flops / rate,
     }
-    median = lambda runs, key: statistics.median(run[key] for run in runs)  # noqa: E731
     result: dict[str, Any] = {
-        "backbone": manifest.backbone, "crops": crops, "folds": folds, "views": views, "size": size, "device": ours[0]["device"],
-        "precision": precision, "machine": machine(), "repeats": repeats,
-        "ours": {"wall": median(ours, "wall"), "memory": median(ours, "memory"), "device_memory": ours[0]["device_bytes"],
-                 "seconds": {k: statistics.median(run["seconds"][k] for run in ours) for k in ours[0]["seconds"]}},
-        "plain": {"wall": median(plain, "wall"), "memory": median(plain, "memory"), "device_memory": plain[0]["device_bytes"],
-                  "seconds": {k: statistics.median(run["seconds"][k] for run in plain) for k in plain[0]["seconds"]}},
-        "floor": {"wall": sum(parts.values()), "seconds": parts, "gigaflops": rate / 1e9, "read_gigabytes_per_second": read / 1e9},
+        "backbone": manifest.backbone, "crops": crops, "folds": folds, "views": views, "size": size,
+        "device": ours[0]["device"], "precision": precision, "machine": machine(), "repeats": repeats,
+        "ours": medians(ours), "plain": medians(plain),
+        "floor": {"wall": sum(parts.values()), "seconds": parts, "gigaflops": rate / 1e9, "read_gb_per_s": read / 1e9},
     }  # fmt: skip
     result["speedup"] = result["plain"]["wall"] / result["ours"]["wall"]
     result["memory_ratio"] = result["ours"]["memory"] / result["plain"]["memory"]
@@ -104,27 +100,49 @@ def measure(backbone: str, crops: int, device: str, precision: str, repeats: int
     return result
 
 
+def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Median wall seconds, peak memory and seconds by phase of several runs."""
+    median = statistics.median
+    return {
+        "wall": median(run["wall"] for run in runs),
+        "memory": median(run["memory"] for run in runs),
+        "device_memory": runs[0]["device_bytes"],
+        "seconds": {phase: median(run["seconds"][phase] for run in runs) for phase in runs[0]["seconds"]},
+    }
+
+
 def machine() -> dict[str, str]:
     with open("/proc/cpuinfo") as lines:
-        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return {"cpu": cpu, "cores": str(len(os.sched_getaffinity(0))), "torch": torch.__version__, "python": platform.python_version()}
+        cpu = next(
+            (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
+        )
+    return {
+        "cpu": cpu,
+        "cores": str(len(os.sched_getaffinity(0))),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def show(result: dict[str, Any]) -> str:
     lines = [f"{result['backbone']}: {result['crops']} crops x {result['views']} views x {result['folds']} folds at "
-             f"{result['size']} px, {result['device']}, {result['precision']}; random weights unless 'default'"]  # fmt: skip
+             f"{result['size']} px, {result['device']}, {result['precision']}; random unless 'default'"]  # fmt: skip
     for name in ("plain", "ours", "floor"):
         part = result[name]
         memory = f", peak {part['memory'] / 1e9:.2f} GB" if "memory" in part else ""
         phases = ", ".join(f"{key} {value:.2f}" for key, value in part["seconds"].items())
         lines.append(f"{name:>6}: {part['wall']:7.2f} s{memory}  ({phases})")
-    lines.append(f"speedup {result['speedup']:.1f}, memory ratio {result['memory_ratio']:.2f}, floor ratio {result['floor_ratio']:.2f}")
+    lines.append(
+        f"ratios: speedup {result['speedup']:.1f}, memory {result['memory_ratio']:.2f}, floor {result['floor_ratio']:.2f}"
+    )
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cold_start", description=__doc__.partition("\n")[0])
-    parser.add_argument("--backbone", default="virchow", choices=["default", *(n for n, r in BACKBONES.items() if r.depth)])
+    parser.add_argument(
+        "--backbone", default="virchow", choices=["default", *(n for n, r in BACKBONES.items() if r.depth)]
+    )
     parser.add_argument("--crops", type=int, default=16)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto")

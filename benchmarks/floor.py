@@ -1,4 +1,4 @@
-"""The floor under a cold start on this machine: import PyTorch, read the bytes once, do the multiply-adds at full rate."""
+"""The floor under a cold start on this machine: import PyTorch, read once, multiply at full rate."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def matrix_rate(backbone: str, rows: int, precision: str, device: str, seconds: 
     names = [n for n in state if n.startswith("blocks.0.") and state[n].ndim == 2] if row.depth else []
     shapes = [tuple(state[name].shape) for name in names] or [(1280, 1280)]
     dtype = DTYPES[precision]
-    work = [(torch.randn(rows, i, device=device).to(dtype), torch.randn(o, i, device=device).to(dtype)) for o, i in shapes]
+    work = [
+        (torch.randn(rows, i, device=device).to(dtype), torch.randn(o, i, device=device).to(dtype)) for o, i in shapes
+    ]
     sync = torch.cuda.synchronize if device == "cuda" else lambda: None
     best = 0.0
     with torch.inference_mode():

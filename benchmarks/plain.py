@@ -1,7 +1,7 @@
 """The plain path, as published containers do it: `python -m benchmarks.plain KIND FOLDER STACK OUT`.
 
-foundation: for each fold build the backbone with random initialisation, unpickle the fp32 base, wrap and merge with PEFT;
-then every crop alone through every fold, in fp32. reference: the official container's way, torchvision and timm, one
+foundation: for each fold build the backbone with random initialisation, unpickle the fp32 base, merge with PEFT; then
+ every crop alone through every fold, in fp32. reference: the official container's way, torchvision and timm, one
 EfficientNetV2-M from a .pth at 224 px, crops one by one. Writes seconds by phase and the probabilities as JSON.
 """
 
@@ -36,7 +36,9 @@ def main(kind: str, folder: Path, stack: Path, out: Path) -> None:
             model = build(manifest["backbone"], 1, manifest["pool"])
             state = torch.load(folder.with_suffix(".pth"), map_location="cpu", weights_only=True)
             model.load_state_dict(state, strict=False)
-            models.append(PeftModel.from_pretrained(model, folder / f"fold{number}").merge_and_unload().eval().to(device))
+            models.append(
+                PeftModel.from_pretrained(model, folder / f"fold{number}").merge_and_unload().eval().to(device)
+            )
     else:
         size, mean, std = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         model = timm.create_model("tf_efficientnetv2_m", pretrained=False, num_classes=1)

@@ -22,7 +22,7 @@ RANK, ALPHA, FOLDS = 8, 16.0, 3
 
 
 def make(backbone: str, cache: Path) -> Path:
-    """An ensemble folder under `cache` with a random fp16 base, three random rank-8 qkv adapters, and <backbone>.pth beside it in fp32.
+    """An ensemble folder under `cache` with a random fp16 base, three random rank-8 qkv adapters; the base in fp32 beside it.
 
     The base's values are rounded to fp16 in both files, so that the plain path and ours compute with the same numbers.
     """
@@ -65,7 +65,8 @@ def make(backbone: str, cache: Path) -> Path:
     manifest = {
         "format": 1, "name": f"random-{backbone}", "backbone": backbone, "pool": "token",
         "base": {"file": base.name, "sha256": sha256(base)},
-        "preprocess": {"crop": None, "size": row.size, "kernel": "bicubic", "mean": list(row.mean), "std": list(row.std)},
+        "preprocess": {"crop": None, "size": row.size, "kernel": "bicubic",
+                       "mean": list(row.mean), "std": list(row.std)},
         "folds": folds, "tta": "none", "averaging": "logit", "temperature": 1.0, "threshold": 0.5,
         "precision": {"fp32": 0.0, "bf16": 1.0, "fp16": 1.0 if row.fp16_safe else None},
         "licence": {"base": "random weights"}, "provenance": {"made by": "benchmarks"},

@@ -24,7 +24,7 @@ class Backbone:
     """One row of the table.
 
     timm, kwargs: arguments of `timm.create_model`
-    family: the forward pass of `inference.models` that runs it: "vit", "dinov3", "efficientnet", or "other" for timm's own
+    family: the forward pass of `inference.models` that runs it: "vit", "dinov3", "efficientnet", "other" (timm's)
     head: timm's name of the linear head
     pool: "token" (class token), "avg" (mean over patches or positions) or "token+avg" (both, concatenated)
     mean, std, size: normalisation and input side that the weights were trained with

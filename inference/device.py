@@ -19,7 +19,7 @@ def gpu_is_present() -> bool:
 
 
 def choose_device(asked: str) -> torch.device:
-    """`auto` is the GPU where there is one. A GPU that PyTorch cannot use is an error, not a CPU run 100 times slower."""
+    """`auto` is the GPU where there is one. A GPU that PyTorch cannot use is an error, not a slow run."""
     if asked == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
@@ -34,7 +34,7 @@ def choose_device(asked: str) -> torch.device:
 
 
 def native_precision(device: torch.device) -> str:
-    """The fast precision of the hardware: fp16 on GPUs before compute capability 8.0 (a T4 only emulates bf16), else bf16.
+    """The fast precision of the hardware: fp16 on GPUs before capability 8.0 (a T4 only emulates bf16), else bf16.
 
     On CPUs bf16 where AVX512-BF16 or AMX multiply in it, else fp32.
     """

@@ -18,8 +18,8 @@ from .manifest import Manifest, check_hashes, load_manifest
 from .models import logits
 from .preprocess import TTA_VIEWS, Preprocess, to_batch, views
 
-# Bytes of the widest layer's activations in one pass. A GPU is full long before; on the CPU a larger result would leave the
-# caches, and be mapped and faulted in anew each time (glibc keeps up to 32 MiB at hand).
+# Bytes of the widest layer's activations in one pass. A GPU is full long before; on the CPU a larger result would leave
+# the caches, and be mapped and faulted in anew each time (glibc keeps up to 32 MiB at hand).
 WIDEST = {"cuda": 96 << 20, "cpu": 32 << 20}
 
 
@@ -38,7 +38,7 @@ class Prediction:
 
 
 def average(logits: np.ndarray, averaging: str, temperature: float) -> tuple[np.ndarray, np.ndarray]:
-    """Logits (F, V, N) to P(atypical) of the ensemble (N,) and of each fold (F, N), by the manifest's rule, in float64."""
+    """Logits (F, V, N) to P(atypical) of the ensemble (N,) and of each fold (F, N), by the manifest's rule."""
     scaled = logits.astype(np.float64) / temperature
     with np.errstate(over="ignore"):
         sigmoid = lambda z: 1 / (1 + np.exp(-z))  # noqa: E731
@@ -84,7 +84,9 @@ class Ensemble:
                 all_logits.append(self._logits(crops[begin : begin + size], self.weights))
             except torch.OutOfMemoryError:
                 if size == 1:
-                    raise UserError("out of device memory with one crop; expected a GPU with more; use --device cpu") from None
+                    raise UserError(
+                        "out of device memory with one crop; expected a GPU with more; use --device cpu"
+                    ) from None
                 torch.cuda.empty_cache()
                 self._batch = size // 2
                 continue
@@ -101,7 +103,9 @@ class Ensemble:
         else:
             _, _, patch, _ = self.weights.shape("patch_embed.proj.weight")
             names = ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc1_g.weight", "blocks.0.attn.qkv.weight")
-            values = folds * (size // patch) ** 2 * max(self.weights.shape(n)[0] for n in names if n in self.weights.names)
+            values = (
+                folds * (size // patch) ** 2 * max(self.weights.shape(n)[0] for n in names if n in self.weights.names)
+            )
         values *= TTA_VIEWS[self.manifest.tta] * self.weights.dtype.itemsize
         return max(1, WIDEST[self.device.type] // values)
 

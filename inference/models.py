@@ -35,7 +35,9 @@ def conv2d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, str
     """(G, B, C, H, W) to (G, B, O, H', W'); with a weight per fold (F, O, C, K, K) to (F, B, O, H', W')."""
     if weight.ndim == 4:
         return F.conv2d(x.flatten(0, 1), weight, bias, stride, groups=groups).unflatten(0, x.shape[:2])
-    return torch.stack([F.conv2d(x[f % len(x)], kernel, bias, stride, groups=groups) for f, kernel in enumerate(weight)])
+    return torch.stack(
+        [F.conv2d(x[f % len(x)], kernel, bias, stride, groups=groups) for f, kernel in enumerate(weight)]
+    )
 
 
 def layer_norm(x: torch.Tensor, w: Weights, name: str, eps: float) -> torch.Tensor:
@@ -59,7 +61,12 @@ def depth_of(w: Weights) -> int:
 
 
 def attention(
-    x: torch.Tensor, w: Weights, name: str, heads: int, rope: tuple[torch.Tensor, torch.Tensor] | None, queries: int | None
+    x: torch.Tensor,
+    w: Weights,
+    name: str,
+    heads: int,
+    rope: tuple[torch.Tensor, torch.Tensor] | None,
+    queries: int | None,
 ) -> torch.Tensor:
     """Self-attention over (G, B, T, C), fold by fold; only the first `queries` tokens ask where it is given."""
     weight, bias = w[f"{name}.qkv.weight"], w.get(f"{name}.qkv.bias")
@@ -99,7 +106,7 @@ def mlp(x: torch.Tensor, w: Weights, name: str) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding of the patch tokens of (B, heads, T, D); the first T - len(cos) tokens have no position."""
+    """Rotary position embedding of the patch tokens of (B, heads, T, D); the first T - len(cos) tokens have none."""
     patches = x[:, :, -len(cos) :].float()
     left, right = patches.chunk(2, -1)
     turned = patches * cos + torch.cat([-right, left], -1) * sin
@@ -107,7 +114,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def dinov3_rope(grid: int, head_dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """DINOv3's axial rotary embedding (temperature 100) of a grid x grid map: cosine and sine, each (grid^2, head_dim)."""
+    """DINOv3's axial rotary embedding (temperature 100) of grid x grid patches: cos, sin (grid^2, head_dim)."""
     periods = 100 ** (torch.arange(head_dim // 4) / (head_dim // 4))
     axis = (torch.arange(grid) + 0.5) / grid * 2 - 1
     places = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).view(-1, 2, 1)

@@ -1,4 +1,4 @@
-"""Miniature ensembles with random weights, for tests: real architectures at reduced depth and width, real PEFT adapters."""
+"""Miniature ensembles with random weights, for tests: real architectures, reduced, and real PEFT adapters."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def sha256(file: Path) -> str:
 
 
 def make_ensemble(
-    folder: Path, backbone: str = "efficientnet-lite0", targets: str | None = None, pool: str | None = None, folds: int = 3,
-    **manifest: Any,
+    folder: Path, backbone: str = "efficientnet-lite0", targets: str | None = None, pool: str | None = None,
+    folds: int = 3, **manifest: Any,
 ) -> list[torch.nn.Module]:  # fmt: skip
-    """Write an ensemble folder, base included; returns its PEFT models. `manifest` overrides entries of ensemble.json."""
+    """Write an ensemble folder, base included; returns its PEFT models. `manifest` overrides its entries."""
     row = lookup(backbone)
     pool = pool or row.pool
     base = random_base(backbone, folder / "base.safetensors")

@@ -40,7 +40,7 @@ CASES = [(name, pool) for name in BACKBONES for pool in (("avg",) if "lite" in n
 
 @pytest.mark.parametrize(("name", "pool"), CASES)
 def test_fused_folds_equal_peft(name, pool, tmp_path):
-    """Largest target set, native and another input size: logits within 1e-5 of merge_and_unload, relative to their size.
+    """Largest target set, native and another input size: logits within 1e-5 of merge_and_unload.
 
     Where fp32 itself is coarser than that for these random weights (PEFT's own merge, against itself in fp64), within
     twice its error.

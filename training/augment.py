@@ -56,7 +56,7 @@ def log_uniform(n: int, strength: float, g: torch.Generator) -> torch.Tensor:
 
 
 def geometry(crops: torch.Tensor, crop: int, size: int, a: Augment, g: torch.Generator) -> torch.Tensor:
-    """Cut (N, 3, C, C) to (N, 3, S, S) about the centre: flip, turn, magnify, stretch, shift and bend in one resampling."""
+    """Cut (N, 3, C, C) to (N, 3, S, S) about the centre: flip, turn, scale, shift and bend in one resampling."""
     n, canvas = len(crops), crops.shape[-1]
     angle = uniform(n, -a.rotate, a.rotate, g) / 180 * math.pi
     flip = torch.ones(n)

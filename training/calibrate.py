@@ -1,7 +1,8 @@
 """Choose how logits become answers, on out-of-fold logits only: TTA, averaging over views, temperature, threshold.
 
-Each choice is kept only for a measured gain. The temperature minimises the negative log-likelihood; the threshold maximises
-balanced accuracy, and its interval comes from a bootstrap over groups (slides), because crops of one slide are not independent.
+Each choice is kept only for a measured gain. The temperature minimises the negative log-likelihood; the threshold
+maximises balanced accuracy, and its interval comes from a bootstrap over groups (slides), because crops of one slide are
+not independent.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class OutOfFold:
-    """Logits (V, N) of the eight d4 views from the fold that did not train on the crop, with labels, groups, domains (N,)."""
+    """Logits (V, N) of the d4 views, from the fold that did not train on the crop; labels, groups, domains (N,)."""
 
     logits: np.ndarray
     labels: np.ndarray
@@ -68,7 +69,9 @@ def read_out_of_fold(run: Path) -> OutOfFold:
         stored = np.load(file)
         logits[:, stored["index"]] = stored["logits"]
     if np.isnan(logits).any():
-        raise UserError(f"{run}: {int(np.isnan(logits).any(0).sum())} crops have no out-of-fold logit; fit the run again")
+        raise UserError(
+            f"{run}: {int(np.isnan(logits).any(0).sum())} crops have no out-of-fold logit; fit the run again"
+        )
     column = lambda name: np.array([row[name] for row in rows])  # noqa: E731
     return OutOfFold(logits, column("label").astype(int), column("group"), column("domain"), folds)
 
@@ -84,7 +87,7 @@ def sigmoid(z: np.ndarray) -> np.ndarray:
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray, averaging: str) -> float:
-    """The temperature in [0.1, 10] with the least negative log-likelihood, by golden-section search on its logarithm."""
+    """The temperature in [0.1, 10] with the least negative log-likelihood, by golden-section search."""
 
     def loss(log_t: float) -> float:
         p = np.clip(averaged(logits, averaging, float(np.exp(log_t))), 1e-7, 1 - 1e-7)
@@ -98,7 +101,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray, averaging: str) -> f
 
 
 def smooth_threshold(labels: np.ndarray, p: np.ndarray) -> float:
-    """A threshold of high balanced accuracy that one crop cannot move: the best cut's mean over a bootstrap of crops."""
+    """A threshold of high balanced accuracy that one crop cannot move: the best cut's mean over a bootstrap."""
     g = np.random.default_rng(0)
     logit = np.log(np.clip(p, 1e-7, 1 - 1e-7) / np.clip(1 - p, 1e-7, 1))
     cuts = []

@@ -41,7 +41,9 @@ def run(options: argparse.Namespace) -> None:
     row = lookup(recipe.backbone)
     base = options.base or BASES / f"{recipe.backbone}.safetensors"
     if not base.exists():
-        raise UserError(f"{base} is missing; it holds the base weights; run 'python -m training base {recipe.backbone}'")
+        raise UserError(
+            f"{base} is missing; it holds the base weights; run 'python -m training base {recipe.backbone}'"
+        )
     calibration = calibrate(read_out_of_fold(options.run))
     options.output.mkdir(parents=True, exist_ok=True)
     folds = []
@@ -70,7 +72,8 @@ def run(options: argparse.Namespace) -> None:
     write(options.output, manifest)
     load_manifest(options.output)
     print(f"{options.output}: {len(folds)} folds, threshold {manifest['threshold']}, tta {manifest['tta']}, "
-          f"out-of-fold balanced accuracy {calibration['balanced_accuracy']:.4f}, AUC {calibration['auc']:.4f}")  # fmt: skip
+          f"out-of-fold balanced accuracy {calibration['balanced_accuracy']:.4f}, "
+          f"AUC {calibration['auc']:.4f}")  # fmt: skip
     print(f"largest change of P(atypical) to fp32: {manifest['precision']}")
 
 
@@ -99,7 +102,7 @@ def provenance(run: Path, settings: dict[str, Any], calibration: dict[str, Any])
 
 
 def measure_drift(folder: Path, run: Path) -> dict[str, float | None]:
-    """The largest change of P(atypical) against fp32 on real crops of the run; None where a precision is not allowed."""
+    """The largest change of P(atypical) against fp32 on crops of the run; None where it is not allowed."""
     from .data import Crop
 
     with (run / "split.csv").open(newline="") as lines:
@@ -117,5 +120,3 @@ def measure_drift(folder: Path, run: Path) -> dict[str, float | None]:
         largest = float(np.abs(found - exact).max())
         drift[precision] = round(largest, 5) if largest <= DRIFT_ALLOWED else None
     return drift
-
-

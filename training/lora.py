@@ -23,11 +23,13 @@ def adapted_layers(model: torch.nn.Module, pattern: str) -> list[str]:
 
 
 def load_base(model: torch.nn.Module, file: Path, head: str) -> None:
-    """Copy a base's weights into `model`, every tensor but the head's: no key may be missing, left over or misshapen."""
+    """Copy a base's weights into `model`, all but the head: no key may be missing, left over or misshapen."""
     state = load_file(file)
     ours = {name: value for name, value in model.state_dict().items() if not name.startswith(f"{head}.")}
     for name in sorted(ours.keys() ^ state.keys()):
-        raise UserError(f"{file}: tensor {name} is in only one of base and backbone; make the base with 'training base'")
+        raise UserError(
+            f"{file}: tensor {name} is in only one of base and backbone; make the base with 'training base'"
+        )
     for name, value in ours.items():
         if state[name].shape != value.shape:
             raise UserError(f"{file}: {name} is {tuple(state[name].shape)}, the backbone needs {tuple(value.shape)}")
@@ -35,8 +37,15 @@ def load_base(model: torch.nn.Module, file: Path, head: str) -> None:
 
 
 def lora_model(
-    backbone: str, base: Path | None, rank: int, alpha: float, dropout: float, targets: str,
-    pool: str | None = None, rslora: bool = False, **overrides: Any,
+    backbone: str,
+    base: Path | None,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: str,
+    pool: str | None = None,
+    rslora: bool = False,
+    **overrides: Any,
 ) -> PeftModel:
     """`backbone` with LoRA of `rank` on its layer set `targets`; only adapters and head are trainable.
 

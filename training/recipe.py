@@ -77,7 +77,7 @@ def _convert(kind: str, text: Any, name: str) -> Any:
 
 
 def load_recipe(name: str, changes: list[str] | None = None) -> Recipe:
-    """The recipe in file `name`, or of that name in training/recipes, with `changes` such as "augment.hed=0.1" applied."""
+    """The recipe in file `name`, or of that name in training/recipes, with `changes` such as "augment.hed=0.1"."""
     file = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     if not file.exists():
         known = ", ".join(sorted(f.stem for f in FOLDER.glob("*.toml")))

@@ -33,7 +33,9 @@ def split(crops: Sequence[Crop], kind: str = "grouped", folds: int = 3, seed: in
             raise UserError(f"found {len(domains)} domain; leave-one-domain-out needs two or more; use --split grouped")
         fold = np.array([domains.index(crop.domain) for crop in crops])
     elif kind in ("grouped", "random"):
-        splitter = (StratifiedGroupKFold if kind == "grouped" else StratifiedKFold)(folds, shuffle=True, random_state=seed)
+        splitter = (StratifiedGroupKFold if kind == "grouped" else StratifiedKFold)(
+            folds, shuffle=True, random_state=seed
+        )
         for number, (_, held_out) in enumerate(splitter.split(labels, labels, groups)):
             fold[held_out] = number
     else:
@@ -49,7 +51,7 @@ def check_leaks(crops: Sequence[Crop], fold: np.ndarray) -> None:
     for crop, number in zip(crops, fold.tolist(), strict=True):
         if seen.setdefault(crop.group, number) != number:
             raise UserError(
-                f"group {crop.group} is in folds {seen[crop.group]} and {number}; expected it in one; split again by group"
+                f"group {crop.group} is in folds {seen[crop.group]} and {number}; expected one; split again by group"
             )
 
 
