@@ -21,7 +21,7 @@ from .loop import fit_fold
 from .recipe import Recipe, load_recipe
 from .splits import read_split, split, write_split
 
-__all__ = ["configure", "fit_fold", "load_crops", "prepare", "run"]
+__all__ = ["configure", "fit", "fit_fold", "load_crops", "prepare", "run"]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -43,15 +43,22 @@ def run(options: argparse.Namespace) -> None:
     base = find_base(recipe, options.base)
     accelerator = make_accelerator(recipe)
     crops = load_data(options.data, accelerator.print)
+    fit(recipe, folder, crops, load_crops(crops), base, accelerator, options.fold)
+
+
+def fit(
+    recipe: Recipe, folder: Path, crops: Sequence[Crop], images: Sequence[np.ndarray], base: Path,
+    accelerator: Accelerator, only: Sequence[int] | None = None,
+) -> None:  # fmt: skip
+    """All folds of a run, or `only` those numbers; finished ones are kept."""
     fold = prepare(folder, recipe, crops, accelerator)
     numbers = sorted(set(fold.tolist()))
-    for number in options.fold or numbers:
+    for number in only or numbers:
         if number not in numbers:
             raise UserError(
-                f"--fold {number} is not one of this split's ({numbers[0]} to {numbers[-1]}); choose one of them"
+                f"fold {number} is not one of this split's ({numbers[0]} to {numbers[-1]}); choose one of them"
             )
-    images = load_crops(crops)
-    for number in options.fold or numbers:
+    for number in only or numbers:
         fit_fold(recipe, crops, images, fold, number, folder, base, accelerator)
 
 
