@@ -36,6 +36,7 @@ const SHOW = {
   atypical: ["called atypical", (i) => called(i)],
   normal: ["called normal", (i) => !called(i)],
   disagree: ["folds disagree", disagree],
+  maps: ["with a map", (i) => data.maps[i]],
   mistakes: ["mistakes", (i) => ["fn", "fp"].includes(outcome(i))],
   fn: ["missed", (i) => outcome(i) === "fn"],
   fp: ["false alarms", (i) => outcome(i) === "fp"],
@@ -55,7 +56,7 @@ const SORT = { // name, key; small keys first
   error: ["worst mistakes", (i) => -wrongness(i)],
   high: ["P(atypical), high first", (i) => -p[i]],
   low: ["P(atypical), low first", (i) => p[i]],
-  doubt: ["nearest to the threshold", (i) => Math.abs(p[i] - state.threshold)],
+  doubt: ["near the threshold", (i) => Math.abs(p[i] - state.threshold)],
   spread: ["spread of the folds", (i) => -spread[i]],
   centre: ["looks away from the centre", (i) => (data.maps[i] ? data.maps[i].centre : 2)],
   name: ["name", (i) => rankByName()[i]],
@@ -136,7 +137,10 @@ function makeCell(position) {
   const image = el("img", { alt: "", src: `data:image/webp;base64,${images[i]}`, decoding: "async" });
   const picture = el("span", { class: "picture" }, image, mapOver(i, $("maps").checked), el("span", { class: "badge" }));
   const button = el("button", { type: "button", class: "card", "data-position": position, tabindex: position === state.active ? 0 : -1 });
-  button.append(picture, track(i), el("span", { class: "line" }, el("b", {}, fixed(p[i])), el("span", { class: "verdict" })), el("span", { class: "file", title: path[i] }, shortName(i)));
+  const line = el("span", { class: "line" }, el("b", {}, fixed(p[i])), " ", el("span", { class: "verdict" }));
+  const file = el("span", { class: "file", title: path[i] }, shortName(i));
+  const more = el("span", { class: "visually-hidden more" }); // what the track shows to the eye
+  button.append(picture, " ", track(i), line, " ", file, " ", more);
   const cell = el("li", { class: "cell", "aria-setsize": state.order.length, "aria-posinset": position + 1 }, button);
   judge(button, i);
   return cell;
@@ -150,9 +154,9 @@ function judge(button, i) {
   button.classList.toggle("wrong", wrong);
   button.querySelector(".verdict").textContent = CLASSES[called(i)];
   button.querySelector(".badge").textContent = wrong ? words[result] : "";
-  const range = folds[i].length > 1 ? `, folds ${fixed(Math.min(...folds[i]))} to ${fixed(Math.max(...folds[i]))}` : "";
-  const truth = result ? `, labelled ${CLASSES[label[i]]}: ${words[result]}` : "";
-  button.setAttribute("aria-label", `${shortName(i)}: ${CLASSES[called(i)]}, P ${fixed(p[i])}${range}${truth}`);
+  const range = folds[i].length > 1 ? `folds ${fixed(Math.min(...folds[i]))} to ${fixed(Math.max(...folds[i]))}` : "";
+  const truth = result ? `labelled ${CLASSES[label[i]]}` : "";
+  button.querySelector(".more").textContent = [range, truth].filter(Boolean).join(", ");
 }
 
 /** From 0 to 1: a bar from the lowest to the highest fold, a dot for the ensemble, a tick for the threshold. */
@@ -309,7 +313,8 @@ addEventListener("afterprint", () => forPaper(false));
 function start() {
   const several = folds[0].length > 1;
   const offered = {
-    show: Object.keys(SHOW).slice(0, labelled ? 9 : 4).filter((key) => several || key !== "disagree"),
+    show: Object.keys(SHOW).slice(0, labelled ? 10 : 5)
+      .filter((key) => (several || key !== "disagree") && (key !== "maps" || (data.maps.some(Boolean) && !data.maps.every(Boolean)))),
     sort: Object.keys(SORT).filter((key) => (labelled || key !== "error") && (several || key !== "spread") && (data.maps.length || key !== "centre")),
   };
   for (const [id, table] of [["show", SHOW], ["sort", SORT]]) {
