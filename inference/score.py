@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
@@ -182,11 +182,26 @@ def figures(p: np.ndarray, labels: np.ndarray, threshold: float) -> dict[str, fl
     return {"balanced accuracy": both, "sensitivity": sensitivity, "specificity": specificity, "AUC": auc}
 
 
+def summarise(run: Run, say: Callable[[str], None], seconds: float) -> None:
+    """What was found, in a line or two. UserError where nothing was."""
+    if not run.total:
+        raise UserError(f"none of {run.failed} files could be read; each is named above; expected images of crops")
+    known = f", {run.total - run.new:,} of them known already" if run.total > run.new else ""
+    say(f"{run.total:,} crops ({run.atypical:,} atypical){known}, {seconds:.1f} s")
+    if run.scored:
+        p, labels = np.array([p for p, _ in run.scored]), np.array([label for _, label in run.scored])
+        found = figures(p, labels, run.manifest.threshold)
+        text = ", ".join(f"{name} {'-' if value is None else f'{value:.4f}'}" for name, value in found.items())
+        say(f"{len(labels):,} labelled ({int(labels.sum()):,} atypical): {text}")
+
+
 def main(arguments: Sequence[str]) -> int:
     """Exit code; UserError where nothing can be done."""
     options = parse(arguments)
     if options.attribution and not options.report:
         raise UserError("--attribution shows its maps in a report; expected --report FILE too; add it")
+    if options.report and (options.report.is_dir() or not os.access(options.report.absolute().parent, os.W_OK)):
+        raise UserError(f"{options.report} cannot be written; expected a file in a writable folder; name another")
     if options.weights is None:
         from .__main__ import default_weights
 
@@ -199,6 +214,10 @@ def main(arguments: Sequence[str]) -> int:
     say = lambda text: print(text, file=sys.stderr if to_stdout else sys.stdout, flush=True)  # noqa: E731
     try:
         run.score()
+        summarise(run, say, time.perf_counter() - start)
+        if options.report:
+            run.report()
+            say(f"{options.report}: {options.report.stat().st_size / 1e6:.1f} MB")
     except KeyboardInterrupt:
         again = "the same command goes on from there" if options.csv else "nothing is kept without --csv"
         print(f"\nstopped after {run.new} new crops; {again}", file=sys.stderr)
@@ -206,18 +225,6 @@ def main(arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # whoever read our stdout has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the interpreter flushes it when it ends)
         return 1
-    if not run.total:
-        raise UserError(f"none of {run.failed} files could be read; each is named above; expected images of crops")
-    known = f", {run.total - run.new:,} of them known already" if run.total > run.new else ""
-    say(f"{run.total:,} crops ({run.atypical:,} atypical){known}, {time.perf_counter() - start:.1f} s")
-    if run.scored:
-        p, labels = np.array([p for p, _ in run.scored]), np.array([label for _, label in run.scored])
-        found = figures(p, labels, manifest.threshold)
-        text = ", ".join(f"{name} {'-' if value is None else f'{value:.4f}'}" for name, value in found.items())
-        say(f"{len(labels):,} labelled ({int(labels.sum()):,} atypical): {text}")
-    if options.report:
-        run.report()
-        say(f"{options.report}: {options.report.stat().st_size / 1e6:.1f} MB")
     if run.failed:
         print(f"{run.failed:,} of {len(items):,} files could not be read", file=sys.stderr)
     return UNREADABLE if run.failed else 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -234,6 +236,27 @@ def test_figures_are_scikit_learns() -> None:
     assert found["balanced accuracy"] == pytest.approx(balanced_accuracy_score(labels, p >= 0.35))
     assert found["sensitivity"] == pytest.approx(recall_score(labels, p >= 0.35))
     assert set(score.figures(p, labels * 0, 0.5).values()) == {None}
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(weights, crops, tmp_path) -> None:
+    with pytest.raises(UserError, match="cannot be written"):
+        run(weights, crops[0], "--csv", tmp_path / "out.csv", "--report", tmp_path / "missing" / "out.html")
+    with pytest.raises(UserError, match="expected --report FILE too"):
+        run(weights, crops[0], "--attribution")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_maps_of_the_crops_most_worth_a_look(weights, crops, tmp_path, monkeypatch) -> None:
+    """With labels the worst mistake first; the page holds as many maps as were asked for."""
+    monkeypatch.setattr("inference.attribution.GRID", 2)
+    out, report = tmp_path / "out.csv", tmp_path / "out.html"
+    assert run(weights, crops[0], "--labels", "@folder", "--csv", out, "--report", report, "--attribution", 3) == 0
+    data = json.loads(re.search(r'id="data">(.*?)</script>', report.read_text())[1])
+    rows = [(float(row["p_atypical"]), "/atypical/" in row["path"]) for row in read(out)]
+    wrong = {n: abs(p - 0.45) for n, (p, atypical) in enumerate(rows) if (p >= 0.45) != atypical}
+    mapped = {n for n, one in enumerate(data["maps"]) if one}
+    assert len(mapped) == 3 and data["label"] == [int(atypical) for _, atypical in rows]
+    assert mapped >= set(sorted(wrong, key=lambda n: -wrong[n])[:3])
 
 
 def test_progress_is_for_terminals_only() -> None:
