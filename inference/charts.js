@@ -61,8 +61,8 @@ function rocOf(indices, p, label) {
 
 /** Histogram of P(atypical) over the threshold slider. With labels: labelled atypical above the axis, normal below. */
 function drawHistogram(box, p, label, labelled, threshold, calibrated) {
-  const [bins, pad, width] = [50, 8, Math.max(box.clientWidth, 120)]; // pad: half the slider's thumb
-  const height = 166;
+  const [bins, pad, width] = [p.length < 200 ? 25 : 50, 8, Math.max(box.clientWidth, 120)]; // pad: half the slider's thumb
+  const height = labelled ? 166 : 110;
   const counts = [new Array(bins).fill(0), new Array(bins).fill(0)];
   p.forEach((value, i) => {
     const bin = Math.min(bins - 1, Math.floor(value * bins));

@@ -54,8 +54,8 @@ const rankByName = () => {
 };
 const SORT = { // name, key; small keys first
   error: ["worst mistakes", (i) => -wrongness(i)],
-  high: ["P(atypical), high first", (i) => -p[i]],
-  low: ["P(atypical), low first", (i) => p[i]],
+  high: ["most atypical", (i) => -p[i]],
+  low: ["most normal", (i) => p[i]],
   doubt: ["near the threshold", (i) => Math.abs(p[i] - state.threshold)],
   spread: ["spread of the folds", (i) => -spread[i]],
   centre: ["looks away from the centre", (i) => (data.maps[i] ? data.maps[i].centre : 2)],

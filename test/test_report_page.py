@@ -269,6 +269,9 @@ def test_one_crop_without_folds_labels_or_manifest(window: Browser, tmp_path: Pa
     file = write_report([Row("x.png", 0, 0.5, ())], make_crops(1), None, tmp_path / "one.html", threshold=0.5)
     window.open(file)
     assert shown(window) == {"Crops": "1", "Called atypical": "1"}
+    labels = "[...document.querySelectorAll('.controls label')]"
+    visible = window.run(f"return {labels}.filter(e => e.offsetWidth).length")
+    assert visible == 3  # show, sort, name: nothing that would have no effect
     assert window.console() == []
 
 
