@@ -33,10 +33,15 @@ def split(crops: Sequence[Crop], kind: str = "grouped", folds: int = 3, seed: in
             raise UserError(f"found {len(domains)} domain; leave-one-domain-out needs two or more; use --split grouped")
         fold = np.array([domains.index(crop.domain) for crop in crops])
     elif kind in ("grouped", "random"):
-        splitter = (StratifiedGroupKFold if kind == "grouped" else StratifiedKFold)(
-            folds, shuffle=True, random_state=seed
-        )
-        for number, (_, held_out) in enumerate(splitter.split(labels, labels, groups)):
+        of = "groups" if kind == "grouped" else "crops"
+        units = groups if kind == "grouped" else np.arange(len(crops))
+        fewest = min(len(set(units[labels == label])) for label in (0, 1))
+        if not 2 <= folds <= fewest:
+            raise UserError(f"{folds} folds; found {fewest} {of} with the rarer class; expected 2 to {fewest} folds")
+        kind_of = StratifiedGroupKFold if kind == "grouped" else StratifiedKFold
+        splitter = kind_of(folds, shuffle=True, random_state=seed)
+        together = groups if kind == "grouped" else None
+        for number, (_, held_out) in enumerate(splitter.split(labels, labels, together)):
             fold[held_out] = number
     else:
         raise UserError(f"split {kind!r} is not known; expected one of {', '.join(KINDS)}")
