@@ -111,7 +111,9 @@ def run_job(options: argparse.Namespace) -> None:
             options.details.write_text(json.dumps(details, indent=1), encoding="utf-8")
         except OSError as error:
             remove_answers(options.output)
-            raise UserError(f"cannot write {options.details} ({error.strerror}); expected a writable file") from None
+            raise UserError(
+                f"cannot write {options.details} ({error.strerror}); expected a writable file; name another"
+            ) from None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -125,6 +127,8 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         print(f"error: {describe(error)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

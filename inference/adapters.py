@@ -60,7 +60,7 @@ def read_adapter(folder: Path, layers: list[str]) -> Adapter:
     if not expected or found != expected:
         extra = ", ".join(sorted(found ^ expected)[:3]) or "nothing at all"
         raise UserError(
-            f"{file}: adapts {len(found)} layers, expected {len(expected)} by its targets ({extra:.200}); export again"
+            f"{file}: adapts {len(found)} layers; expected {len(expected)} by its targets ({extra:.200}); export again"
         )
     head = next((name for name in HEADS if f"{name}.weight" in tensors), None)
     if head is None or f"{head}.bias" not in tensors:

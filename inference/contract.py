@@ -6,6 +6,7 @@ submission over one answer of the wrong length, an unknown class or a confidence
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -121,19 +122,30 @@ def _write_whole(file: Path, data: bytes) -> None:
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
         try:
-            handle = os.open(file.parent, os.O_TMPFILE | os.O_WRONLY, 0o644)
-            handles = os.open("/proc/self/fd", os.O_RDONLY)
-            named = False
-        except OSError:  # not on this file system, or no /proc
-            handle = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            named = True
+            os.stat("/proc/self/fd")  # needed to give it a name
+            handle, named = os.open(file.parent, os.O_TMPFILE | os.O_WRONLY, 0o644), False
+        except OSError:  # not on this file system
+            handle, named = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644), True
         with open(handle, "wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(handle)
-            if not named:
-                os.link(str(handle), partial, src_dir_fd=handles)
-                os.close(handles)
+            if not named and _link(handle, file):
+                return
+            if not named and not _link(handle, partial):
+                raise FileExistsError(errno.EEXIST, "File exists", partial)
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _link(handle: int, file: Path) -> bool:
+    """Give an open file without a name the name `file`; False where that is taken."""
+    handles = os.open("/proc/self/fd", os.O_RDONLY)
+    try:
+        os.link(str(handle), file, src_dir_fd=handles)
+    except FileExistsError:
+        return False
+    finally:
+        os.close(handles)
+    return True

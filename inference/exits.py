@@ -31,7 +31,7 @@ def log(line: str) -> None:
 def stderr_in_log() -> Iterator[None]:
     """Send what libraries write to stderr, in Python or below it (libtiff, PyTorch), to stdout instead."""
     saved = None
-    with contextlib.suppress(OSError):  # neither may be open
+    with contextlib.suppress(OSError, AttributeError):  # neither may be open
         sys.stderr.flush()
         saved = os.dup(2)
         os.dup2(1, 2)

@@ -110,7 +110,8 @@ def load_manifest(folder: Path) -> Manifest:
     for name, drift in content["precision"].items():
         if name not in ("fp32", "bf16", "fp16") or not (drift is None or _is_number(drift)):
             raise UserError(
-                f"{file}: precision {name!r:.40}: {drift!r:.40} is not valid; expected fp32, bf16 or fp16 with a number"
+                f"{file}: precision {name!r:.40}: {drift!r:.40} is not valid; expected fp32, bf16 or fp16 "
+                "with a number; export again"
             )
     return Manifest(
         folder, content["name"], content["backbone"], content["pool"], _find_base(folder, base["file"]), base["sha256"],
@@ -163,7 +164,9 @@ def _check_preprocess(file: Path, preprocess: dict[str, Any]) -> None:
         "std": lambda v: triple(v) and min(v) > 0,
     }
     for key in sorted(rules.keys() ^ preprocess.keys()):
-        raise UserError(f"{file}: preprocess.{key:.40} is missing or not known; expected exactly {', '.join(rules)}")
+        raise UserError(
+            f"{file}: preprocess.{key:.40} is missing or not known; expected {', '.join(rules)}; export again"
+        )
     for key, accepts in rules.items():
         if not accepts(preprocess[key]):
             raise UserError(f"{file}: preprocess.{key} is {preprocess[key]!r:.80}; expected a valid one; export again")

@@ -11,6 +11,7 @@ import random
 import shutil
 import struct
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +25,7 @@ from test.image_files import bad_files, good_files, metaimage, stack, with_pillo
 from test.stub import LISTING, check_ended, make_input, run_job, stub_manifest
 
 LARGEST = 60_000  # bytes of a seed
+SLOWEST = 10  # seconds of processor time for one job
 INTERESTING = (0, 1, 2, 3, 4, 7, 8, 16, 255, 256, 4096, 8192, 8193, 65535, 1 << 31, (1 << 32) - 1)
 LAYERS = ["blocks.0.attn.qkv", "blocks.1.attn.qkv", "patch_embed.proj"]
 
@@ -60,7 +62,9 @@ def end(input_dir: Path) -> None:
     output = workplace() / "output"
     for file in output.iterdir():
         file.unlink()
+    start = time.process_time()
     check_ended(run_job(input_dir, output, workplace() / "ensemble"))
+    assert time.process_time() - start < SLOWEST
 
 
 @cache
