@@ -297,7 +297,7 @@ detail.addEventListener("close", () => moveTo(state.active));
 
 // ---- on paper: the first crops of the selection, in the page's flow ----
 
-const PRINTED = 160;
+const PRINTED = 150;
 function forPaper(printing) {
   state.printing = printing;
   grid.classList.toggle("printing", printing);
