@@ -161,10 +161,10 @@ def main(arguments: list[str]) -> int:
     start = time.perf_counter()
     with ThreadPoolExecutor(1) as pool:  # PyTorch keeps its worker threads for the thread that first computed
         with stderr_in_log():
-            ensemble = pool.submit(load, options.weights or default_weights(), options.device, options.precision).result()
-        server = Server(
-            (options.host, options.port), pool, lambda: run_task(ensemble, options.input, options.output)
-        )
+            ensemble = pool.submit(
+                load, options.weights or default_weights(), options.device, options.precision
+            ).result()
+        server = Server((options.host, options.port), pool, lambda: run_task(ensemble, options.input, options.output))
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, server.stop)
         log(f"ensemble {ensemble.manifest.name}, device {ensemble.device.type}, precision {ensemble.precision}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -13,8 +14,8 @@ from datetime import datetime
 from pathlib import Path
 from random import Random
 
-from test.harness import engines, layout, readout, report
-from test.harness.findings import Finding
+from test.harness import engines, layout, readout, report, sagemaker, served
+from test.harness.findings import Finding, passed
 
 ROOT = engines.ROOT
 SAMPLE = ROOT / "test/sample"
@@ -31,6 +32,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--truth", type=Path, metavar="ground_truth.json", help="score the answers; writes metrics.json")
     add("--engine", choices=("docker", "native"), help="default: docker where an engine answers")
     add("--image", help="any image, which is run as it is; default: our own, tagged $IMAGE or midog-lora")
+    add("--api", choices=("exec", "invoke"), help="one job per start, or a server for all; default: the image's label")
+    add("--shim", action="store_true", help="with the platform's own entry shim and image reader; needs docker")
     add("--no-build", action="store_true", help="run what is there, stale or not")
     add("--strict", action="store_true", help="read-only root, no capabilities, no new privileges, 256 processes")
     add("--gpus", choices=("auto", "all", "none"), default="auto", help="default: what the host has")
@@ -42,8 +45,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def build(engine: str, image: str) -> None:
-    """Calls build.sh where something is missing or older than its sources.
+def build(engine: str, image: str, api: str | None = None) -> None:
+    """Calls build.sh where something is missing, older than its sources, or labelled otherwise than `api`.
 
     Raises: RuntimeError when it fails.
     """
@@ -55,34 +58,57 @@ def build(engine: str, image: str) -> None:
         ]
         newest = max((file.stat().st_mtime for file in files if file.is_file()), default=0)
         if about and datetime.fromisoformat(about["Created"][:19] + "+00:00").timestamp() > newest:
-            return
+            if api in (None, served.api_method(image)):
+                return
+            print(f"{image} is labelled {served.api_method(image)}: building it for {api}", flush=True)
     # natively build.sh itself knows what is installed, and says nothing new when all is
-    done = subprocess.run([str(ROOT / "build.sh"), "--engine", engine], env=os.environ | {"IMAGE": image})
+    command = [str(ROOT / "build.sh"), "--engine", engine, *(["--api", api] if api and engine == "docker" else [])]
+    done = subprocess.run(command, env=os.environ | {"IMAGE": image})
     if done.returncode:
         raise RuntimeError(f"build.sh --engine {engine} failed; its message stands above")
 
 
-def run_stack(stack: Path, index: int, options: argparse.Namespace, limits: engines.Limits) -> report.Result:
-    """Runs one stack in a fresh container (or natively) and keeps its answer and logs in the output folder."""
-    rng = Random(f"{options.seed} {index}")
-    variant = options.inputs_json if options.inputs_json != "rotate" else layout.VARIANTS[index % 5]
-    pages = layout.count_pages(stack)
+def run_stacks(
+    stacks: list[tuple[int, Path]], options: argparse.Namespace, limits: engines.Limits, bucket: sagemaker.Bucket | None
+) -> list[report.Result]:
+    """Runs stacks, each with its number, in one fresh container (or natively); keeps answers and logs.
+
+    More than one is for a server: options.api is "invoke" then.
+    """
     with tempfile.TemporaryDirectory(prefix="harness-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        pk = layout.write_input(stack, folder / "input", variant, rng)
-        if options.engine == "docker":
-            run = engines.run_docker(options.image, folder, pk, options.weights, limits)
+        pks, pages = [], []
+        for place, (index, stack) in enumerate(stacks):
+            variant = options.inputs_json if options.inputs_json != "rotate" else layout.VARIANTS[index % 5]
+            pages.append(layout.count_pages(stack))
+            rng = Random(f"{options.seed} {index}")
+            pks.append(layout.write_input(stack, folder / str(place) / "input", variant, rng))
+        if bucket is not None:
+            runs = sagemaker.run(options.image, folder, pks, options.weights, limits, bucket, options.api)
+        elif options.api == "invoke" and options.engine == "docker":
+            runs = served.run_docker(options.image, folder, pks, options.weights, limits)
+        elif options.api == "invoke":
+            runs = served.run_native(folder, pks, options.weights, limits)
+        elif options.engine == "docker":
+            runs = [engines.run_docker(options.image, folder / "0", pks[0], options.weights, limits)]
         else:
-            run = engines.run_native(folder, pk, options.weights, limits)
-        answers, findings = readout.judge(run, pages)
-        target = options.output / stack.stem if options.many else options.output
-        target.mkdir(parents=True, exist_ok=True)
-        for file in (layout.ANSWER, "stdout.log", "stderr.log", "details.json"):
-            (target / file).unlink(missing_ok=True)
-            found = folder / file if file != layout.ANSWER else run.output / file
-            if found.exists():
-                shutil.copyfile(found, target / file)
-    return report.Result(stack, pages, run, answers, findings)
+            runs = [engines.run_native(folder / "0", pks[0], options.weights, limits)]
+        results = []
+        for place, ((_, stack), run) in enumerate(zip(stacks, runs, strict=True)):
+            answers, findings = readout.judge(run, pages[place])
+            keep(folder / str(place), run, options.output / stack.stem if options.many else options.output)
+            results.append(report.Result(stack, pages[place], run, answers, findings))
+    return results
+
+
+def keep(folder: Path, run: engines.Run, target: Path) -> None:
+    """Copies what a job left into the output folder, in place of what an earlier one left there."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in (layout.ANSWER, "stdout.log", "stderr.log", "details.json"):
+        (target / file).unlink(missing_ok=True)
+        found = folder / file if file != layout.ANSWER else run.output / file
+        if found.exists():
+            shutil.copyfile(found, target / file)
 
 
 def score(results: list[report.Result], truth: Path, output: Path) -> list[Finding]:
@@ -104,17 +130,40 @@ def score(results: list[report.Result], truth: Path, output: Path) -> list[Findi
     return [Finding("warn", text) for text in metrics["warnings"]]
 
 
+def choose_api(options: argparse.Namespace) -> str:
+    """exec or invoke, which an image's label decides. RuntimeError where the label and --api differ."""
+    if options.engine == "native":
+        return options.api or "exec"
+    label = served.api_method(options.image)
+    if options.api and options.api != label:
+        fix = f"build it with ./build.sh --api {options.api}, or leave --api out"
+        raise RuntimeError(f"{options.image} is labelled {label}, and the platform follows the label; {fix}")
+    return label
+
+
+def print_result(result: report.Result, many: bool) -> None:
+    """A row of the table, or the table of the only stack, and what was found."""
+    if many:
+        report.print_row(result)
+    elif result.answers:
+        report.print_pages(result)
+    for finding in result.findings:
+        if finding.level != "pass" or not many:
+            print(finding, flush=True)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Returns 0 when every check of every stack passed, 1 when one failed, 2 for wrong options."""
     options = parse(arguments)
     options.engine = options.engine or ("docker" if engines.docker() else "native")
-    if options.engine == "docker" and not engines.docker():
-        print("--engine docker: no engine answers; start one or use --engine native", file=sys.stderr)
-        return 2
     limits = engines.Limits(
         options.memory, options.time_limit, options.shm_size, gpus=options.gpus, strict=options.strict
     )
     try:
+        if options.engine == "docker" and not engines.docker():
+            raise RuntimeError("--engine docker: no engine answers; start one or use --engine native")
+        if options.shim and (options.engine == "native" or options.strict):
+            raise RuntimeError("--shim runs the platform's own shim in a container; it needs docker and no --strict")
         stacks = layout.find_stacks(options.input)
         for path in (options.weights, options.truth):
             if path is not None and not path.exists():
@@ -122,36 +171,42 @@ def main(arguments: list[str] | None = None) -> int:
         if options.truth and not importlib.util.find_spec("numpy"):
             raise RuntimeError("--truth needs numpy; make .venv with ./build.sh --engine native, or install numpy")
         if not (options.no_build or options.image):
-            build(options.engine, OUR_IMAGE)
+            build(options.engine, OUR_IMAGE, options.api)
+        options.image = options.image or OUR_IMAGE
+        options.api = choose_api(options)
+        if options.shim:
+            sagemaker.install()
     except (OSError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 2
-    options.image = options.image or OUR_IMAGE
     options.weights = options.weights and options.weights.resolve()
     options.many = options.input.is_dir()
     where = f"container of {options.image}" if options.engine == "docker" else "native, no container"
-    print(f"{len(stacks)} stack(s), one fresh job each ({where})", flush=True)
-    if options.many:
-        report.print_header()
-    results = []
-    for index, stack in enumerate(stacks):
-        try:
-            results.append(run_stack(stack, index, options, limits))
-        except (RuntimeError, ValueError) as error:
-            print(error, file=sys.stderr)
-            return 2
-        if options.many:
-            report.print_row(results[-1])
-        elif results[-1].answers:
-            report.print_pages(results[-1])
-        for finding in results[-1].findings:
-            if finding.level != "pass" or not options.many:
-                print(finding)
-    good = all(result.passed for result in results)
+    how = "one server for all" if options.api == "invoke" else "one fresh job each"
+    print(f"{len(stacks)} stack(s), {how} ({where}{', the published shim' if options.shim else ''})", flush=True)
+    numbered = list(enumerate(stacks))
+    batches = [numbered] if options.api == "invoke" else [[entry] for entry in numbered]
+    results: list[report.Result] = []
+    uploads: list[Finding] = []
+    try:
+        with sagemaker.s3_server() if options.shim else contextlib.nullcontext() as bucket:
+            if options.shim:
+                uploads = sagemaker.check_upload(stacks)
+                print(*uploads, sep="\n")
+            if options.many:
+                report.print_header()
+            for batch in batches:
+                for result in run_stacks(batch, options, limits, bucket):
+                    results.append(result)
+                    print_result(result, options.many)
+    except (RuntimeError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    good = all(result.passed for result in results) and passed(uploads)
     if options.truth:
         findings = score(results, options.truth, options.output)
         print(*findings, sep="\n", end="\n" if findings else "")
-        good = good and all(finding.level != "fail" for finding in findings)
+        good = good and passed(findings)
     passes = sum(result.passed for result in results)
     where = os.path.relpath(options.output)
     print(f"{passes} of {len(results)} stacks passed every check; answers and logs are in {where}")

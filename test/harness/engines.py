@@ -26,6 +26,7 @@ class Limits:
 
     memory_gib: int = 16
     seconds: float = 300  # the shortest limit that a phase may set
+    start_seconds: float = 300  # of a server (invoke): from its start to the first answer on /health
     shm: str = "8g"  # half the memory; the organisers' own re-run gave 1g
     cpus: int = 4
     gpus: str = "auto"  # auto, all or none
@@ -83,6 +84,15 @@ def run_docker(image: str, folder: Path, pk: str, weights: Path | None, limits: 
         weights: None, or what appears at /opt/ml/model: an ensemble folder (copied) or a model tarball (unpacked).
     Raises: RuntimeError when the image is missing or has no command.
     """
+    job = describe_image(image, limits)
+    details = "/tmp/details.json" if job["command"][-2:] == OURS else None
+    job["command"] += ["--details", details] if details else []
+    job |= {"input_source": f"/opt/ml/input/data/{pk}-input", "details": details}
+    return collect(folder, *run_container(image, folder, job, weights, limits))
+
+
+def describe_image(image: str, limits: Limits) -> dict[str, Any]:
+    """What job.json says of a container of `image`. RuntimeError when the image is missing or has no command."""
     about = inspect(image)
     if about is None:
         raise RuntimeError(f"no image {image}; build it with ./build.sh")
@@ -90,46 +100,71 @@ def run_docker(image: str, folder: Path, pk: str, weights: Path | None, limits: 
     command = (config.get("Entrypoint") or []) + (config.get("Cmd") or [])
     if not command:
         raise RuntimeError(f"{image} has neither ENTRYPOINT nor CMD: the platform cannot start it; add an ENTRYPOINT")
-    details = "/tmp/details.json" if command[-2:] == OURS else None
-    job = describe(command + (["--details", details] if details else []), config.get("WorkingDir") or "/", limits) | {
+    return describe(command, config.get("WorkingDir") or "/", limits) | {
         "user": config.get("User") or "",
-        "input_source": f"/opt/ml/input/data/{pk}-input",
         "input": "/input",
         "link_input": not limits.strict,
         "output": "/output",
         "tmp": "/tmp",
         "model": "/opt/ml/model",
-        "model_source": "/weights" if weights is not None else None,
         "writable": [f"/opt/ml/{name}" for name in ("model", "output/data", "checkpoints", "input/data/ground_truth")],
-        "details": details,
     }
+
+
+def run_container(
+    image: str, folder: Path, job: dict[str, Any], weights: Path | None, limits: Limits, script: Path = SHIM
+) -> tuple[float, int, str]:
+    """Runs `script` on `job` as root in a fresh container; returns its seconds, exit code and stderr."""
+    job["model_source"] = "/weights" if weights is not None else None
     (folder / "job.json").write_text(json.dumps(job))
     (folder / "tmp").mkdir()
     folder.chmod(0o700)  # root's: the job finds /harness closed
     name = f"harness-{uuid.uuid4()}"
     options = ["--rm", "--name", name, "--network", "none", "--user", "0", "--entrypoint", "python3"]
-    options += ["--memory", f"{limits.memory_gib}g", "--memory-swap", f"{limits.memory_gib}g", "--shm-size", limits.shm]
-    options += ["--env", "PYTHONCOERCECLOCALE=0", "--cpus", str(min(limits.cpus, os.cpu_count() or 1))]
-    volumes = [f"{folder}:/harness", f"{folder / 'tmp'}:/tmp", f"{SHIM}:/shim.py:ro"]
+    options += ["--env", "PYTHONCOERCECLOCALE=0", *limit_options(limits)]
+    volumes = [f"{folder}:/harness", f"{folder / 'tmp'}:/tmp", *(f"{path}:/{path.name}:ro" for path in {SHIM, script})]
     if weights is not None:
         (folder / "model").mkdir()
         volumes += [f"{weights}:/weights:ro", f"{folder / 'model'}:/opt/ml/model"]
     options += [f"--volume={volume}" for volume in volumes]
-    if limits.gpus == "all" or (limits.gpus == "auto" and has_gpus()):
-        options += ["--gpus", "all"]
     if limits.strict:
         options += ["--read-only", "--security-opt", "no-new-privileges", "--pids-limit", "256", "--cap-drop", "ALL"]
         options += [f"--cap-add={name}" for name in ("CHOWN", "DAC_OVERRIDE", "FOWNER", "KILL", "SETGID", "SETUID")]
         options += [f"--tmpfs={path}:rw,exec,mode=0755" for path in ("/input", "/output", "/opt/ml")]
+    return docker_run(
+        [*options, image, f"/{script.name}", "/harness/job.json"], name, limits, len(job.get("tasks", "1"))
+    )
+
+
+def limit_options(limits: Limits) -> list[str]:
+    """Options of `docker run` for the machine: memory, shared memory, processors, GPUs."""
+    options = ["--memory", f"{limits.memory_gib}g", "--memory-swap", f"{limits.memory_gib}g", "--shm-size", limits.shm]
+    options += ["--cpus", str(min(limits.cpus, os.cpu_count() or 1))]
+    if limits.gpus == "all" or (limits.gpus == "auto" and has_gpus()):
+        options += ["--gpus", "all"]
+    return options
+
+
+def docker_run(
+    arguments: list[str], name: str, limits: Limits, tasks: int = 1, log: Path | None = None
+) -> tuple[float, int, str]:
+    """`docker run`; kills the container that outlives its tasks' limits. Returns seconds, exit code and stderr.
+
+    Both streams go to the file `log` where there is one.
+    """
     start = time.monotonic()
-    whole = [docker() or "docker", "run", *options, image, "/shim.py", "/harness/job.json"]
     try:
-        ended = subprocess.run(whole, capture_output=True, timeout=limits.seconds + 120)
+        whole = [docker() or "docker", "run", *arguments]
+        ended = subprocess.run(
+            whole, capture_output=True, timeout=tasks * (limits.seconds + 10) + limits.start_seconds + 60
+        )
+        if log is not None:
+            log.write_bytes(ended.stdout + ended.stderr)
         code, message = ended.returncode, ended.stderr.decode(errors="replace").strip()
     except subprocess.TimeoutExpired:
         subprocess.run([docker() or "docker", "kill", name], capture_output=True)
         code, message = 1, "the container did not end"
-    return collect(folder, time.monotonic() - start, code, message)
+    return time.monotonic() - start, code, message
 
 
 def run_native(folder: Path, pk: str, weights: Path | None, limits: Limits, command: list[str] | None = None) -> Run:
@@ -138,36 +173,47 @@ def run_native(folder: Path, pk: str, weights: Path | None, limits: Limits, comm
     What needs a container is missing: another user, root-owned input, a fixed /input, the memory limit of 16 GiB.
     The network is cut off where `unshare` may.
     """
-    root = folder / "root"
-    root.mkdir()
-    (root / "home").mkdir()
-    places = {name: str(root / name) for name in ("input", "output", "tmp")}
-    model, details = root / "opt/ml/model", f"{places['tmp']}/details.json"
+    places, job = native_places(folder)
+    details = f"{places['tmp']}/details.json"
     if command is None:
-        python = ROOT / ".venv/bin/python"
-        command = [str(python if python.exists() else sys.executable), *OURS]
-        command += ["--input", "{input}", "--output", "{output}", "--details", details]
+        command = [native_python(), *OURS, "--input", "{input}", "--output", "{output}", "--details", details]
         if weights is not None:
-            command += ["--weights", str(model if weights.is_file() else weights)]
+            command += ["--weights", str(job["model"] if weights.is_file() else weights)]
     command = [word.format(**places) if word in ("{input}", "{output}", "{tmp}") else word for word in command]
-    job = describe([*offline(), *command], str(ROOT), limits) | {
-        "user": "",
-        "input_source": str(root / f"opt/ml/input/data/{pk}-input"),
-        **places,
-        "link_input": True,
-        "model": str(model),
-        "model_source": str(weights) if weights is not None and weights.is_file() else None,
-        "writable": [str(model)],
-        "details": details,
-    }
+    job |= describe([*offline(), *command], str(ROOT), limits)
+    job |= {"input_source": f"{folder}/root/opt/ml/input/data/{pk}-input", "details": details}
+    return collect(folder, *run_natively(folder, job, weights, limits))
+
+
+def native_python() -> str:
+    """Python of .venv, or this one."""
+    python = ROOT / ".venv/bin/python"
+    return str(python if python.exists() else sys.executable)
+
+
+def native_places(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """The platform's folders below `folder`, as words for a command and as a part of job.json."""
+    root = folder / "root"
+    (root / "home").mkdir(parents=True)
+    places = {name: str(root / name) for name in ("input", "output", "tmp")}
+    model = str(root / "opt/ml/model")
+    return places, {"user": "", **places, "link_input": True, "model": model, "writable": [model]}
+
+
+def run_natively(
+    folder: Path, job: dict[str, Any], weights: Path | None, limits: Limits, script: Path = SHIM, prefix: Any = ()
+) -> tuple[float, int, str]:
+    """Runs `script` on `job` as a process of the caller; returns its seconds, exit code and stderr."""
+    job["model_source"] = str(weights) if weights is not None and weights.is_file() else None
     (folder / "job.json").write_text(json.dumps(job))
-    keep = {k: v for k, v in os.environ.items() if k in ("PATH", "LD_LIBRARY_PATH", "LANG", "CUDA_VISIBLE_DEVICES")}
-    keep |= {"HOME": str(root / "home"), "TMPDIR": places["tmp"], "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
+    names = ("PATH", "LD_LIBRARY_PATH", "LANG", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+    keep = {k: v for k, v in os.environ.items() if k in names}
+    keep |= {"HOME": str(folder / "root/home"), "TMPDIR": job["tmp"], "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
     if limits.gpus == "none":
         keep["CUDA_VISIBLE_DEVICES"] = ""
     start = time.monotonic()
-    ended = subprocess.run([sys.executable, str(SHIM), str(folder / "job.json")], env=keep, capture_output=True)
-    return collect(folder, time.monotonic() - start, ended.returncode, ended.stderr.decode(errors="replace").strip())
+    ended = subprocess.run([*prefix, sys.executable, script, folder / "job.json"], env=keep, capture_output=True)
+    return time.monotonic() - start, ended.returncode, ended.stderr.decode(errors="replace").strip()
 
 
 def describe(command: list[str], cwd: str, limits: Limits) -> dict[str, Any]:

@@ -50,13 +50,17 @@ def find_user(user: str) -> tuple[int | None, int | None, list[int], str | None]
             groups = [line.gr_gid for line in grp.getgrall() if entry.pw_name in line.gr_mem]
         except KeyError:
             if not name.isdigit():
-                raise SetupError(f"The user defined in the containers USER instruction does not exist ({name!r})") from None
+                raise SetupError(
+                    f"The user defined in the containers USER instruction does not exist ({name!r})"
+                ) from None
             uid = int(name)
     if group is not None:
         try:
             gid = int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
         except KeyError:
-            raise SetupError(f"The group defined in the containers USER instruction does not exist ({group!r})") from None
+            raise SetupError(
+                f"The group defined in the containers USER instruction does not exist ({group!r})"
+            ) from None
     return uid, gid, groups if gid is None else [gid, *sorted({*groups} - {gid})], home
 
 
@@ -87,9 +91,14 @@ def reset_folders(job: dict[str, Any], files: Path) -> None:
         Path(job["output"]).mkdir(parents=True, exist_ok=True)
         clean(Path(job["output"]))
     except OSError as error:
-        raise SetupError(f"The input and output directories could not be reset: {error}") from error
+        raise SetupError(f"The containers input and output directories could not be reset: {error}") from error
     for path in (source, *source.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
+    open_folders(job)
+
+
+def open_folders(job: dict[str, Any]) -> None:
+    """Makes the folders that every program may write."""
     for name in (job["output"], job["tmp"], *job["writable"]):
         Path(name).mkdir(parents=True, exist_ok=True)
         Path(name).chmod(0o777)
@@ -181,10 +190,16 @@ def start_command(job: dict[str, Any], files: Path) -> tuple[subprocess.Popen[by
         raise SetupError(f"The command {job['command']} could not be started: {error}") from error
     readers = []
     for stream, name in ((process.stdout, "stdout.log"), (process.stderr, "stderr.log")):
-        log = open(files / name, "wb", buffering=0)  # noqa: SIM115  (closed with the process)
-        readers.append(threading.Thread(target=shutil.copyfileobj, args=(stream, log), daemon=True))
+        readers.append(threading.Thread(target=copy_log, args=(stream, files / name), daemon=True))
         readers[-1].start()
     return process, readers
+
+
+def copy_log(stream: Any, path: Path) -> None:
+    """Writes what comes as it comes."""
+    with path.open("wb", buffering=0) as log:
+        while chunk := stream.read1(2**16):
+            log.write(chunk)
 
 
 def end_group(process: subprocess.Popen[bytes]) -> int:

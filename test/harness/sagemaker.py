@@ -1,0 +1,307 @@
+"""Runs tasks with the platform's own entry shim (sagemaker-shim), and checks stacks with its own image reader (panimg).
+
+Both are public packages; `install` puts them into .cache/shim. The shim is mounted into a container of the unchanged
+image and gets its tasks from S3, which moto's server plays on loopback. What it reports is read back into the light
+harness's `Run`, so that the same rules judge both.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from test.harness import engines, layout
+from test.harness.findings import Finding
+
+HOME = engines.ROOT / ".cache/shim"
+PACKAGES = HOME / "lib/python3.11/site-packages"
+PIP = (
+    "install",
+    "--quiet",
+    "--disable-pip-version-check",
+    "--no-deps",
+    "--ignore-requires-python",
+    "--require-hashes",
+    "-r",
+)
+REQUIREMENTS = engines.ROOT / "requirements-shim.txt"
+BUCKET = "harness"
+
+
+def install() -> None:
+    """Makes .cache/shim with Python 3.11, once for each requirements-shim.txt. RuntimeError where it cannot be made."""
+    stamp = HOME / "installed"
+    if stamp.exists() and stamp.read_bytes() == REQUIREMENTS.read_bytes():
+        return
+    print("installing sagemaker-shim, moto and panimg into .cache/shim (a minute)", flush=True)
+    make = ["uv", "venv", "--quiet", "--clear", "--seed", "--python", "3.11", str(HOME)]
+    if not shutil.which("uv"):
+        make = ["python3.11", "-m", "venv", "--clear", str(HOME)]
+    for command in (make, [str(HOME / "bin/python"), "-m", "pip", *PIP, str(REQUIREMENTS)]):
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except OSError as error:
+            raise RuntimeError(
+                f"{command[0]} cannot be started ({error.strerror}); install uv or Python 3.11"
+            ) from None
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command[:3])} failed: {done.stderr.strip().splitlines()[-1]}")
+    stamp.write_bytes(REQUIREMENTS.read_bytes())
+
+
+class Bucket:
+    """S3 as far as it is needed here: objects by key, over HTTP."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def put(self, key: str, data: bytes = b"") -> str:
+        """Stores an object (the bucket itself with an empty key); returns its s3:// address."""
+        self._call("PUT", key, data)
+        return f"s3://{BUCKET}/{key}"
+
+    def get(self, key: str) -> bytes | None:
+        """The object's content, or None when there is no such object."""
+        try:
+            return self._call("GET", key)
+        except urllib.error.HTTPError as error:
+            if error.code == 404:
+                return None
+            raise
+
+    def _call(self, method: str, key: str, data: bytes | None = None) -> bytes:
+        place = f"{self.url}/{BUCKET}" + (f"/{urllib.parse.quote(key)}" if key else "")
+        headers = {"Content-Type": "application/octet-stream", "Authorization": "AWS x:x"}  # not a form, not anonymous
+        request = urllib.request.Request(place, data=data, headers=headers, method=method)
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=60) as answer:
+            return answer.read()
+
+
+@contextlib.contextmanager
+def s3_server() -> Iterator[Bucket]:
+    """An S3 server on loopback with an empty bucket, in memory."""
+    with socket.socket() as any_socket:
+        any_socket.bind(("127.0.0.1", 0))
+        port = any_socket.getsockname()[1]
+    command = [str(HOME / "bin/python"), str(HOME / "bin/moto_server"), "-H", "127.0.0.1", "-p", str(port)]
+    with tempfile.TemporaryFile() as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            bucket = Bucket(f"http://127.0.0.1:{port}")
+            deadline = time.monotonic() + 120
+            while True:
+                try:
+                    bucket.put("")
+                    break
+                except OSError:
+                    if server.poll() is not None or time.monotonic() > deadline:
+                        log.seek(0)
+                        raise RuntimeError(f"moto's server did not start: {log.read()[-300:]!r}") from None
+                    time.sleep(0.2)
+            yield bucket
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def run(
+    image: str,
+    folder: Path,
+    pks: list[str],
+    weights: Path | None,
+    limits: engines.Limits,
+    bucket: Bucket,
+    api: str = "exec",
+) -> list[engines.Run]:
+    """Hands the tasks folder/0/input, folder/1/input, ... to the shim in one fresh container of `image`.
+
+    The container has the host's network, because S3 is there; everything else is as in the light harness.
+
+    Args:
+        pks: one for each task, as its folder is named in the container.
+        api: exec or invoke, as the image's label says.
+    Returns: one Run a task, in order; those after a failed one were not run. RuntimeError when there is no such image.
+    """
+    about = engines.inspect(image)
+    if about is None:
+        raise RuntimeError(f"no image {image}; build it with ./build.sh")
+    config, prefix = about["Config"], f"runs/{uuid.uuid4()}"
+    tasks = [upload_task(folder / str(index), pk, prefix, limits, bucket) for index, pk in enumerate(pks)]
+    component = {
+        "CMD_B64J": encode(config.get("Cmd")),
+        "ENTRYPOINT_B64J": encode(config.get("Entrypoint")),
+        "USER": config.get("User") or "",
+        "API_METHOD": api,
+        "MAX_MEMORY_MB": str(limits.data_bytes // 2**20),
+        "SIGNING_KEY_HEX": secrets.token_hex(32),
+        "RUNTIME_OUTPUT_BUCKET_NAME": BUCKET,
+        "RUNTIME_OUTPUT_PREFIX": f"{prefix}/runtime/",
+        "START_AND_HEALTH_TIMEOUT_SECONDS": str(round(limits.start_seconds)),
+        "HEALTH_CHECK_CALL_TIMEOUT_SECONDS": "2",  # also its pause between two calls, on the platform 10
+    }
+    if weights is not None:
+        component["MODEL"] = bucket.put(f"{prefix}/model.tar.gz", model_tarball(weights, folder))
+    env = {f"GRAND_CHALLENGE_COMPONENT_{key}": value for key, value in component.items()} | engines.PLATFORM_ENV
+    env |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "eu-central-1"}
+    env |= {"AWS_S3_ENDPOINT_URL": bucket.url, "PYTHONCOERCECLOCALE": "0"}
+    image_env = dict(line.split("=", 1) for line in config.get("Env") or [])
+    if "LD_LIBRARY_PATH" in image_env:  # the platform's single binary keeps it so
+        env["LD_LIBRARY_PATH_ORIG"] = image_env["LD_LIBRARY_PATH"]
+    name = f"harness-{uuid.uuid4()}"
+    options = ["--rm", "--name", name, "--network", "host", "--user", "0", "--entrypoint", "python3"]
+    options += ["--tmpfs", "/tmp:rw,exec,mode=0777", *engines.limit_options(limits)]
+    options += [word for key, value in env.items() for word in ("--env", f"{key}={value}")]
+    mounts = {
+        PACKAGES: "packages",
+        Path(__file__).with_name("sagemaker_start.py"): "start.py",
+        host_tarfile(): "tarfile.py",
+    }
+    options += [f"--volume={source}:/platform/{target}:ro" for source, target in mounts.items()]
+    file = bucket.put(f"{prefix}/invocation.json", json.dumps(tasks).encode())
+    log = folder / "shim.log"
+    wall, code, _ = engines.docker_run(
+        [*options, image, "/platform/start.py", "invoke", "--file", file], name, limits, len(pks), log
+    )
+    setup = json.loads(bucket.get(f"{prefix}/runtime/.sagemaker_shim/runtime_setup_result.json") or b"{}")
+    runs = [read_task(folder / str(index), task, pks[0], setup, log, code, bucket) for index, task in enumerate(tasks)]
+    rest = wall - sum(each.seconds for each in runs)
+    return [replace(each, wall_seconds=each.seconds + (0 if i else rest)) for i, each in enumerate(runs)]
+
+
+def encode(command: object) -> str:
+    return base64.b64encode(json.dumps(command).encode()).decode()
+
+
+def host_tarfile() -> Path:
+    """tarfile.py of .cache/shim's Python, for images whose own lacks `filter="data"` (before 3.11.4)."""
+    command = [str(HOME / "bin/python"), "-c", "import tarfile; print(tarfile.__file__)"]
+    return Path(subprocess.check_output(command, text=True).strip())
+
+
+def model_tarball(weights: Path, folder: Path) -> bytes:
+    """The tarball's bytes; an ensemble folder is packed first."""
+    if weights.is_file():
+        return weights.read_bytes()
+    subprocess.run(["tar", "-czf", folder / "model.tar.gz", "-C", weights, "."], check=True)
+    return (folder / "model.tar.gz").read_bytes()
+
+
+def upload_task(folder: Path, pk: str, prefix: str, limits: engines.Limits, bucket: Bucket) -> dict[str, Any]:
+    """Uploads a task's input; returns its entry in invocation.json."""
+    inputs = []
+    for path in sorted(path for path in (folder / "input").rglob("*") if path.is_file()):
+        place = path.relative_to(folder / "input").as_posix()
+        key = f"{prefix}/{pk}/input/{place}"
+        bucket.put(key, path.read_bytes())
+        inputs.append({"relative_path": place, "bucket_name": BUCKET, "bucket_key": key})
+    output = {"output_bucket_name": BUCKET, "output_prefix": f"{prefix}/{pk}/output/"}
+    return {"pk": pk, "inputs": inputs, **output, "timeout": f"PT{limits.seconds:f}S"}
+
+
+def read_task(
+    folder: Path, task: dict[str, Any], first: str, setup: dict[str, Any], log: Path, code: int, bucket: Bucket
+) -> engines.Run:
+    """What the shim reported of a task, as a Run; its outputs and logs are written to the task's folder.
+
+    What a server logged before its first task belongs to that one, whose pk is `first`.
+    """
+    streams = {"stdout": "", "stderr": ""}
+    for line in (log.read_text(errors="replace") if log.exists() else "").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            entry = json.loads(line)
+            if not entry["internal"] and (entry["task"] or first) == task["pk"]:
+                streams[entry["source"]] += entry["log"] + "\n"
+    result = json.loads(bucket.get(task["output_prefix"] + ".sagemaker_shim/inference_result.json") or b"null")
+    error = result["user_safe_error_message"] if result else setup.get("user_safe_error_message")
+    timed_out = bool(result) and "ime limit exceeded" in (error or "")
+    if error:  # the shim's own message, which is in the log too: the platform shows it, and not as one of the job's
+        streams["stderr"] = streams["stderr"].replace(f"{error}\n", "")
+    elif result is None:
+        ended = (
+            "the task was not run"
+            if setup.get("return_code") == 0 and code == 0
+            else f"the shim ended with code {code}"
+        )
+        error = f"An unexpected error occurred ({ended})"
+    output = folder / "output"
+    output.mkdir(parents=True)
+    for entry in result["outputs"] if result else ():
+        path = output / entry["relative_path"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bucket.get(entry["bucket_key"]) or b"")
+    for name, text in streams.items():
+        (folder / f"{name}.log").write_text(text)
+    duration = (result or {}).get("exec_duration") or (result or {}).get("invoke_duration") or "PT0S"
+    return engines.Run(
+        code=result["return_code"] if result and (timed_out or not error) else None,
+        error=error or None,
+        output=output,
+        stdout=streams["stdout"].encode(),
+        stderr=streams["stderr"].encode(),
+        timed_out=timed_out,
+        oom=code == 137,
+        seconds=seconds(duration),
+    )
+
+
+def seconds(duration: str) -> float:
+    """Seconds of an ISO 8601 duration such as PT1M2.5S."""
+    parts = re.fullmatch(r"P(?:(\d+)D)?(?:T(?:(\d+)H)?(?:(\d+)M)?(?:([\d.]+)S)?)?", duration)
+    if not parts:
+        raise ValueError(f"{duration} is no duration")
+    days, hours, minutes, rest = (float(part or 0) for part in parts.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + rest
+
+
+def check_upload(stacks: list[Path]) -> list[Finding]:
+    """What panimg, which reads uploaded images on the platform, makes of each stack: one finding each."""
+    program = """
+import json, pathlib, shutil, sys, tempfile
+from panimg import convert
+for name in sys.argv[1:]:
+    with tempfile.TemporaryDirectory() as source, tempfile.TemporaryDirectory() as target:
+        copied = pathlib.Path(source) / pathlib.Path(name).name
+        shutil.copyfile(name, copied)
+        result = convert(input_directory=pathlib.Path(source), output_directory=pathlib.Path(target))
+        files = [file.file.read_bytes() == pathlib.Path(name).read_bytes() for file in result.new_image_files]
+        images = [dict(width=i.width, height=i.height, colour=str(i.color_space)) for i in result.new_images]
+        errors = [f"{k}: {m}" for errors in result.file_errors.values() for k, m in enumerate(errors)]
+        print("panimg:" + json.dumps([images, files, errors]))
+"""
+    paths = [str(path.resolve()) for path in stacks]
+    done = subprocess.run([HOME / "bin/python", "-c", program, *paths], capture_output=True, text=True)
+    lines = [line.removeprefix("panimg:") for line in done.stdout.splitlines() if line.startswith("panimg:")]
+    if len(lines) != len(stacks):
+        raise RuntimeError(f"panimg failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    findings = []
+    for path, line in zip(stacks, lines, strict=True):
+        images, same, errors = json.loads(line)
+        if len(images) != 1:
+            reason = "; ".join(errors) or "no image in it"
+            findings.append(
+                Finding("fail", f"{path.name}: refused as an upload ({reason[:300]})", "python -m test.stacks")
+            )
+        elif path.suffix.lower() in layout.SUFFIXES[:2] and same != [True]:
+            findings.append(Finding("fail", f"{path.name}: the platform stores other bytes", "write a TIFF"))
+        else:
+            about = images[0]
+            message = f"{path.name}: accepted as an upload ({about['width']} x {about['height']}, {about['colour']})"
+            findings.append(Finding("pass", message))
+    return findings
