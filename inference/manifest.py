@@ -184,8 +184,8 @@ def _find_base(folder: Path, name: str) -> Path:
 def sha256(file: Path) -> str:
     """SHA-256 of a file, in hex, as one call on the mapped file.
 
-    A call holds the interpreter lock only when it begins and ends; block by block, beside the import of PyTorch, the lock
-    would be waited for at each block.
+    A call holds the interpreter lock only when it begins and ends; block by block, beside the import of PyTorch, the
+    lock would be waited for at each block.
     """
     with file.open("rb") as stream:
         if not os.fstat(stream.fileno()).st_size:  # nothing to map

@@ -188,7 +188,9 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
     raw, deflated = with_pillow(images), with_pillow(images, "tiff_adobe_deflate")
     cut = with_tifffile(rgb, compression="zlib")
     one = bytes(16)
-    strip = {273: (4, 50000, 8), 279: (4, 50000, 8)}
+    # 8,000 strips of one row, each of which lists the same 60,000 bytes: half a gigabyte to read in a small file
+    lists = struct.pack("<8000I", *[8] * 8000) + struct.pack("<8000I", *[60_000] * 8000)
+    repeated = grey_page(1, 8000, t259=8, t278=1) | {273: (4, 8000, 8), 279: (4, 8000, 8 + 32_000)}
     mha, packed = metaimage(rgb, 3), metaimage(rgb, 3, compressed=True)
     bomb = zlib.compress(bytes(1 << 24), 9)
     png = with_pillow(images[:1], form="PNG")
@@ -214,11 +216,13 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
         "strip-short.tiff": (tiff([grey_page(count=15)], data=one), "15 bytes in a strip"),
         "strip-missing.tiff": (tiff([grey_page(t278=2)], data=one), "1 strips or tiles"),
         "strips-shared.tiff": (tiff([grey_page(t257=4, t278=4)] * 40, data=one * 8), ""),
-        "strips-repeated.tiff": (tiff([grey_page(1, 50000) | strip], data=bytes(200_000)), "1 x 50000 pixels"),
+        "strips-repeated.tiff": (tiff([repeated], data=lists), "claims 8,000 strips"),
         "tag-outside.tiff": (tiff([grey_page() | {270: (2, 1 << 31, 8)}], data=one), "tag 270 outside"),
         "tags-repeated.tiff": (tiff([grey_page() | {t: (2, 80, 8) for t in range(40000, 40900)}], data=one), "tags"),
         "float.tiff": (with_tifffile(rgb.astype(np.float32)), "sample format [3]"),
         "int32.tiff": (with_tifffile(rgb[..., 0].astype(np.int32), photometric="minisblack"), "sample format [2]"),
+        "half.tiff": (with_tifffile(rgb.astype(np.float16)), "sample format [3]"),
+        "signed.tiff": (with_tifffile(rgb[..., 0].view(np.int8), photometric="minisblack"), "sample format [2]"),
         "twelve-bits.tiff": (tiff([grey_page(count=24, t258=12)], data=bytes(24)), "samples of [12] bits"),
         "lab.tiff": (with_pillow([Image.new("LAB", (8, 8))]), "photometric interpretation 8"),
         "old-jpeg.tiff": (tiff([grey_page(t259=6)], data=one), "compression 6"),

@@ -66,25 +66,36 @@ def test_reads_what_peft_saves(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True), ("bias", "all"), ("fan_in_fan_out", True), ("rank_pattern", {"qkv": 8}), ("peft_type", "IA3"),
+        ("use_dora", True), ("bias", "all"), ("fan_in_fan_out", True), ("rank_pattern", {"qkv": 8}),
+        ("peft_type", "IA3"),
         ("alpha_pattern", {"qkv": 8}), ("layers_to_transform", [0]), ("lora_bias", True), ("exclude_modules", ["qkv"]),
         ("target_parameters", ["x"]), ("init_lora_weights", "pissa"), ("init_lora_weights", "olora"),
         ("layer_replication", [[0, 1]]), ("use_qalora", True), ("trainable_token_indices", [1]), ("a_new_one", "yes"),
         ("r", 0), ("r", -1), ("r", True), ("r", "4"), ("r", 10**400), ("r", KeyError), ("r", 8),
         ("lora_alpha", math.nan), ("lora_alpha", math.inf), ("lora_alpha", 10**400), ("lora_alpha", 0),
         ("lora_alpha", None),
-        ("target_modules", None), ("target_modules", 5), ("target_modules", {"qkv": 1}), ("target_modules", [1]),
-        ("target_modules", []), ("target_modules", ""), ("target_modules", "all-linear"), ("target_modules", "("),
-        ("target_modules", "blocks.*"), ("target_modules", ["proj", "qkv"]), ("target_modules", "x" * 501),
-        ("target_modules", "(a+)+b"), ("target_modules", "(a|a)*b"), ("target_modules", r"(.*)\1"),
-        ("target_modules", "(?=a)b"), ("target_modules", "a*" * 5), ("target_modules", "a?" * 20),
-        ("target_modules", "(a|b)" * 20), ("target_modules", "a{1,99999999999}"),
+        ("target_modules", []), ("target_modules", ""), ("target_modules", "all-linear"),
+        ("target_modules", "blocks.*"),
+        ("target_modules", ["proj", "qkv"]),
     ],
 )  # fmt: skip
 def test_refuses_settings_that_are_not_plain_lora(key: str, value: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"expected|adapts|pair of rank") as caught:
         read_adapter(write(tmp_path, **{key: value}), LAYERS)
     assert len(str(caught.value)) < 500 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        None, 5, {"qkv": 1}, [1], ["x"] * 5000, "(", "x" * 501, "(a+)+b", "(a|a)*b", r"(.*)\1", "(?=a)b", "a*" * 5,
+        "a?" * 20,
+        "(a|b)" * 20, "a{1,99999999999}",
+    ],
+)  # fmt: skip
+def test_refuses_expressions_that_may_never_end(target: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected a list of names, or a regular expression"):
+        read_adapter(write(tmp_path, target_modules=target), LAYERS)
 
 
 def test_expressions_that_are_let_through_are_fast(tmp_path: Path) -> None:
