@@ -1,10 +1,10 @@
-"""`python -m inference serve`: the platform's `invoke` interface. The ensemble is loaded once, then each task is a request.
+"""`python -m inference serve`: the platform's `invoke` interface. The ensemble is loaded once, each task is a request.
 
     GET  /health   200 once the ensemble is loaded and has computed; before that nobody listens
     POST /invoke   one task, /input to /output as in a job: 201, or 500 and one line on stderr where it fails
 
-Tasks run one at a time in one thread, whatever number is asked at once. Nothing of a task is kept: the answers of the one
-before are removed first, and input is read anew. TERM ends the server with exit code 0, after the task that runs.
+Tasks run one at a time in one thread, whatever number is asked at once. Nothing of a task is kept: the answers of the
+one before are removed first, and input is read anew. TERM ends the server with exit code 0, after the task that runs.
 Source: the platform's entry shim (sagemaker-shim 0.7 and later), which calls 127.0.0.1:4743 without a body.
 """
 

@@ -26,11 +26,11 @@ class Limits:
 
     memory_gib: int = 16
     seconds: float = 300  # the shortest limit that a phase may set
-    start_seconds: float = 300  # of a server (invoke): from its start to the first answer on /health
     shm: str = "8g"  # half the memory; the organisers' own re-run gave 1g
     cpus: int = 4
     gpus: str = "auto"  # auto, all or none
     strict: bool = False  # read-only root, no capabilities, no new privileges, a limit of 256 processes
+    start_seconds: float = 300  # of a server (invoke): from its start to the first answer on /health
 
     @property
     def data_bytes(self) -> int:

@@ -73,9 +73,9 @@ def run_task(job: dict[str, Any], task: dict[str, Any], files: Path) -> dict[str
         code = 0 if status == 201 else 1
     except TimeoutError:
         timed_out = True
-    except OSError as failure:
+    except ConnectionRefusedError as failure:
         error = f"Could not connect to invoke endpoint ({failure})"
-    except http.client.HTTPException as failure:
+    except (OSError, http.client.HTTPException) as failure:
         error = f"HTTP error calling invoke endpoint ({failure or type(failure).__name__})"
     seconds = time.monotonic() - start
     time.sleep(0.3)  # what it logged last may still be in a pipe

@@ -1,0 +1,187 @@
+"""`python -m inference doctor`: can this machine build, test and run the ensemble? One line a check, with the fix.
+
+Standard library until PyTorch itself is checked, so that it also runs where nothing is installed yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from .errors import UserError
+from .manifest import Manifest, check_hashes, holds_ensemble, load_manifest
+
+ROOT = Path(__file__).resolve().parent.parent
+JOB_GB = 16  # memory of the platform's machine
+BUILD_GB = 30  # disk: the image, its build cache and one saved tarball
+# oldest driver of each major version of CUDA, whose minor versions are compatible (NVIDIA's release notes, Linux)
+DRIVERS = {11: (450, 80), 12: (525, 60), 13: (580, 65)}
+
+
+class Check(NamedTuple):
+    """What a check found: level PASS, WARN or FAIL, one line, and what to do."""
+
+    level: str
+    message: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.level}  {self.message}" + (f". Fix: {self.fix}" if self.fix else "")
+
+
+def run(*command: str) -> str | None:
+    """stdout of a command, or None where it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def check_engine() -> Iterator[Check]:
+    for client in os.environ.get("DOCKER", "/usr/bin/docker docker").split():
+        version = run(client, "info", "--format", "{{.ServerVersion}}")
+        if version:
+            yield Check("PASS", f"container engine: Docker {version} answers {client}")
+            return
+    fix = "start Docker (bare Debian: test/engine.sh start); without one all runs natively, but no image is exported"
+    yield Check("WARN", "container engine: none answers", fix)
+
+
+def check_gpu(manifest: Manifest | None) -> Iterator[Check]:
+    """PyTorch, the GPU with its driver, and what a job would choose on this machine."""
+    if importlib.util.find_spec("torch") is None:
+        yield Check(
+            "FAIL", "PyTorch: not installed in this Python", "./build.sh --engine native, then .venv/bin/python"
+        )
+        return
+    import torch
+
+    from .backbones import lookup
+    from .device import choose_device, choose_precision, gpu_is_present
+
+    cuda = torch.version.cuda
+    yield Check("PASS", f"PyTorch {torch.__version__}, built for {f'CUDA {cuda}' if cuda else 'the CPU'}")
+    listed = run("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader,nounits")
+    if listed:
+        yield from check_driver(listed.splitlines()[0], cuda)
+    elif gpu_is_present():
+        yield Check(
+            "FAIL", "GPU: a device is there, but nvidia-smi does not answer", "install NVIDIA's driver, or reboot"
+        )
+    else:
+        yield Check("WARN", "GPU: none", "nothing to do for the small ensemble; large backbones take minutes a stack")
+    try:
+        device = choose_device("auto")
+        allowed = manifest.precision if manifest else {"fp32": 0.0}
+        safe = lookup(manifest.backbone).fp16_safe if manifest else True
+        chosen = choose_precision("auto", device, allowed, safe)
+        threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+        yield Check("PASS", f"a job would compute on {device.type}{threads} in {chosen}")
+    except UserError as error:
+        yield Check("FAIL", f"a job would stop: {error}", "update the driver, or use --device cpu")
+
+
+def check_driver(line: str, cuda: str | None) -> Iterator[Check]:
+    """One GPU as nvidia-smi lists it, "name, driver, MiB", against PyTorch's CUDA version ("12.8" or None)."""
+    name, driver, memory = (part.strip() for part in line.split(","))
+    found = f"GPU: {name}, {int(float(memory)) / 1024:.0f} GiB, driver {driver}"
+    if cuda is None:
+        yield Check("FAIL", f"{found}, but this PyTorch has no CUDA", "install requirements.txt as it is pinned")
+        return
+    needed = DRIVERS.get(int(cuda.split(".")[0]), (0, 0))
+    have = tuple(int(part) for part in re.findall(r"\d+", driver)[:2])
+    if have < needed:
+        fix = f"update the driver to {needed[0]}.{needed[1]} or later"
+        yield Check("FAIL", f"{found}, too old for CUDA {cuda}", fix)
+    else:
+        yield Check("PASS", f"{found}, new enough for CUDA {cuda}")
+
+
+def check_memory(text: str | None = None) -> Iterator[Check]:
+    """/proc/meminfo (or `text`) against the platform's machine."""
+    try:
+        text = Path("/proc/meminfo").read_text() if text is None else text
+        total, free = (int(re.findall(rf"{key}: *(\d+)", text)[0]) / 2**20 for key in ("MemTotal", "MemAvailable"))
+    except (OSError, IndexError):
+        yield Check("WARN", "memory: unknown, there is no /proc/meminfo", "check it by hand: 16 GiB is what a job gets")
+        return
+    found = f"memory: {total:.0f} GiB, {free:.0f} GiB available"
+    if free < 2:
+        yield Check("FAIL", found, "end other programs; a job of the small ensemble takes about 1 GiB")
+    elif total < JOB_GB - 1:
+        yield Check(
+            "WARN", f"{found}, less than the platform's {JOB_GB}", "use --memory for the harness, and small batches"
+        )
+    else:
+        yield Check("PASS", found)
+
+
+def check_disk(folder: Path = ROOT) -> Iterator[Check]:
+    free = shutil.disk_usage(folder).free / 1e9
+    found = f"disk: {free:.0f} GB free at {folder}"
+    if free < 5:
+        yield Check("FAIL", found, "free at least 5 GB; docker system prune removes old images")
+    elif free < BUILD_GB:
+        yield Check("WARN", f"{found}; building and exporting the image takes about {BUILD_GB}", "docker system prune")
+    else:
+        yield Check("PASS", found)
+
+
+def check_ensemble(folder: Path) -> Iterator[Check]:
+    """The manifest, every hash, and the base weights. Yields a line for each."""
+    if not holds_ensemble(folder):
+        fix = "name one with --weights, or make one with 'python -m training export'"
+        yield Check("FAIL", f"ensemble: none in {folder}", fix)
+        return
+    try:
+        manifest = load_manifest(folder)
+    except UserError as error:
+        yield Check("FAIL", f"ensemble: {error}", "./build.sh --engine native makes the base of weights/default")
+        return
+    about = f"{manifest.name}: {manifest.backbone}, {len(manifest.folds)} folds, threshold {manifest.threshold:.3f}"
+    files: list[tuple[str, list[tuple[Path, str]]]] = [
+        (f"ensemble {about}, {len(manifest.files)} files", list(manifest.files.items())),
+        (f"base weights {manifest.base}", [(manifest.base, manifest.base_sha256)]),
+    ]
+    for name, part in files:
+        try:
+            check_hashes(part)
+            yield Check("PASS", f"{name}, SHA-256 as in the manifest")
+        except UserError as error:
+            yield Check("FAIL", str(error), "copy or export it again")
+
+
+def main(arguments: list[str]) -> int:
+    """Prints every check as it is done; 1 when one failed."""
+    parser = argparse.ArgumentParser(prog="python -m inference doctor", description="Check this machine.")
+    parser.add_argument("--weights", type=Path, metavar="DIR", help="ensemble folder (default as for a job)")
+    options = parser.parse_args(arguments)
+    from .__main__ import default_weights
+
+    folder = options.weights or default_weights()
+    try:
+        manifest = load_manifest(folder)
+    except UserError:
+        manifest = None  # said by check_ensemble
+    checks: list[Callable[[], Iterator[Check]]] = [
+        check_engine,
+        lambda: check_gpu(manifest),
+        check_memory,
+        check_disk,
+        lambda: check_ensemble(folder),
+    ]
+    found = []
+    for check in checks:
+        for line in check():
+            print(line, flush=True)
+            found.append(line.level)
+    print(", ".join(f"{found.count(level)} {level}" for level in ("PASS", "WARN", "FAIL")))
+    return 1 if "FAIL" in found else 0
