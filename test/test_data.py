@@ -176,7 +176,7 @@ def test_a_crop_in_the_other_classs_folder_is_an_error(tmp_path):
     (folder / "Normal" / "MIDOG21_8.png").rename(folder / "Atypical" / "MIDOG21_8.png")
     assert sum(crop.label for crop in ami_br(folder)) == 3
     write_csv(tmp_path / "t.csv", "path,label,group,domain", [["Atypical/MIDOG21_8.png", 0, "g", "d"]])
-    with pytest.raises(UserError, match="in the folder of the other class"):
+    with pytest.raises(UserError, match="in the other class's folder"):
         load_data([tmp_path / "t.csv"])
 
 

@@ -70,7 +70,7 @@ def check_folders(crops: Iterable[Crop]) -> None:
     wrong = [crop for crop in crops if _folder_label(crop.path) not in (None, crop.label)]
     if wrong:
         raise UserError(
-            f"{len(wrong)} crops lie in the folder of the other class (first: {wrong[0].path}, label {wrong[0].label}); "
+            f"{len(wrong)} crops lie in the other class's folder (first: {wrong[0].path}, label {wrong[0].label}); "
             "expected table and folders to agree; download the data set again"
         )
 
