@@ -141,12 +141,10 @@ class Run:
             self.pictures += [picture(crop) for _, crop in batch if crop is not None]
 
     def attributions(self) -> list[Attribution | None]:
-        """Maps of the crops most worth a look: mistakes, the worst first, then what lies nearest to the threshold."""
+        """A map for each row, or None beyond the number that was asked for."""
         from .attribution import attribute
 
-        threshold = self.manifest.threshold
-        worth = lambda row: -abs(row.p_atypical - threshold) * (1 if right(row, threshold) else -1)  # noqa: E731
-        order = sorted(range(len(self.rows)), key=lambda n: -worth(self.rows[n]))[: self.options.attribution]
+        order = most_worth_a_look(self.rows, self.manifest.threshold)[: self.options.attribution]
         maps: list[Attribution | None] = [None] * len(self.rows)
         progress = Progress(len(order), "maps")
         for done, n in enumerate(order):
@@ -165,8 +163,15 @@ class Run:
         write_report(self.rows, self.pictures, self.manifest, file, title=title, settings=settings, attributions=maps)
 
 
-def right(row: Row, threshold: float) -> bool:
-    return row.label is None or (row.p_atypical >= threshold) == bool(row.label)
+def most_worth_a_look(rows: Sequence[Row], threshold: float) -> list[int]:
+    """All positions: mistakes, the worst first, then what lies nearest to the threshold."""
+
+    def key(n: int) -> tuple[bool, float]:
+        row, distance = rows[n], abs(rows[n].p_atypical - threshold)
+        wrong = row.label is not None and (row.p_atypical >= threshold) != bool(row.label)
+        return not wrong, -distance if wrong else distance
+
+    return sorted(range(len(rows)), key=key)
 
 
 def figures(p: np.ndarray, labels: np.ndarray, threshold: float) -> dict[str, float | None]:

@@ -30,7 +30,7 @@ def make_rows(count: int, seed: int = 0) -> list[Row]:
         label = int(rng.integers(2)) if n % 10 else None  # every tenth crop has no label
         logits = rng.normal(2 * (label or 0) - 1, 1.2) + rng.normal(0, 0.5, 3)
         folds = 1 / (1 + np.exp(-logits))
-        p = float(1 / (1 + np.exp(-logits.mean())))
+        p = round(float(1 / (1 + np.exp(-logits.mean()))), 2 if n % 2 else 6)  # with ties between the classes
         name = NASTY if n == 7 else f"slide {n % 3}/crop{n}.png"
         rows.append(Row(name, 0, p, tuple(folds.tolist()), label, ("breast", "lung", "")[n % 3]))
     return rows
@@ -172,6 +172,9 @@ def test_keys_move_open_and_close(opened: Browser) -> None:
         assert opened.run(active) == str(position), key
     assert opened.run("return document.activeElement.getBoundingClientRect().bottom <= innerHeight")
     assert opened.run("return document.querySelectorAll('.card[tabindex=\"0\"]').length") == 1
+    opened.run("scrollTo(0, 0)")
+    opened.settle()
+    assert opened.run(active) == str(89 - columns)  # scrolled out of sight, and the focus is still there
     opened.press("Home", "Right", "Enter")
     opened.settle()
     title = "return document.getElementById('detail').open && document.getElementById('detail-title').textContent"

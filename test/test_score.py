@@ -253,10 +253,15 @@ def test_maps_of_the_crops_most_worth_a_look(weights, crops, tmp_path, monkeypat
     assert run(weights, crops[0], "--labels", "@folder", "--csv", out, "--report", report, "--attribution", 3) == 0
     data = json.loads(re.search(r'id="data">(.*?)</script>', report.read_text())[1])
     rows = [(float(row["p_atypical"]), "/atypical/" in row["path"]) for row in read(out)]
-    wrong = {n: abs(p - 0.45) for n, (p, atypical) in enumerate(rows) if (p >= 0.45) != atypical}
-    mapped = {n for n, one in enumerate(data["maps"]) if one}
-    assert len(mapped) == 3 and data["label"] == [int(atypical) for _, atypical in rows]
-    assert mapped >= set(sorted(wrong, key=lambda n: -wrong[n])[:3])
+    order = score.most_worth_a_look([Row("", 0, p, (), int(atypical)) for p, atypical in rows], 0.45)
+    assert {n for n, one in enumerate(data["maps"]) if one} == set(order[:3])
+    assert data["label"] == [int(atypical) for _, atypical in rows]
+
+
+def test_mistakes_are_most_worth_a_look() -> None:
+    cases = [(0.9, 1), (0.46, None), (0.6, 0), (0.1, 1), (0.43, 0), (0.05, None)]
+    rows = [Row("", 0, p, (), label) for p, label in cases]
+    assert score.most_worth_a_look(rows, 0.45) == [3, 2, 1, 4, 5, 0]
 
 
 def test_progress_is_for_terminals_only() -> None:
