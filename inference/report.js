@@ -235,7 +235,7 @@ function recount() {
     drawConfusion($("confusion"), count, (key) => show({ show: key }));
     if (curve) drawRoc($("roc"), curve, rate);
   }
-  $("figures").replaceChildren(...figures.map(([name, value, note]) => el("div", {}, el("dt", {}, name), el("dd", {}, value, el("small", {}, note || " ")))));
+  $("figures").replaceChildren(...figures.map(([name, value, note]) => el("div", {}, el("dt", {}, name), el("dd", {}, value, el("small", {}, note || "\u00a0")))));
   drawHistogram($("histogram"), p, label, labelled, state.threshold, data.threshold);
   if (byDomain.length) {
     const rows = byDomain.map((one) => ({ ...one, count: tally(one.members, p, label, state.threshold) }));
