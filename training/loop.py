@@ -8,7 +8,6 @@ average their gradients: the same steps as one process takes, up to rounding, bu
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 import time
@@ -31,6 +30,7 @@ from inference.preprocess import TTA_VIEWS, Preprocess, normalise, to_batch, vie
 from .augment import augment, mixup
 from .data import Crop
 from .feed import batches, canvases, epoch_order, generator, loss_weights, targets
+from .log import Log, save_atomically
 from .lora import freeze_statistics, lora_model, store_base_as, trainable
 from .losses import focal
 from .metrics import roc_auc
@@ -95,12 +95,6 @@ def restore(model: torch.nn.Module, state: State) -> None:
     with torch.no_grad():
         for name, value in state.items():
             parameters[name].copy_(value)
-
-
-def save_atomically(value: Any, file: Path) -> None:
-    partial = file.with_suffix(".partial")
-    torch.save(value, partial)
-    os.replace(partial, file)
 
 
 def adapted_model(recipe: Recipe, base: Path | None, number: int, overrides: dict[str, Any] | None) -> PeftModel:
@@ -236,29 +230,3 @@ def fit_fold(
         checkpoint.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     accelerator.free_memory()  # it would keep this fold's base beside the next one's
-
-
-class Log:
-    """One row per epoch in metrics.csv and as TensorBoard scalars; rows of a killed run behind `epoch` are replaced."""
-
-    def __init__(self, out: Path, epoch: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.file = out / "metrics.csv"
-        self.rows: list[dict[str, Any]] = []
-        if self.file.exists():
-            with self.file.open(newline="") as lines:
-                self.rows = [dict(row) for row in csv.DictReader(lines) if int(row["epoch"]) <= epoch]
-        self.writer = SummaryWriter(str(out), purge_step=epoch + 1)
-
-    def write(self, epoch: int, values: dict[str, float]) -> None:
-        self.rows.append({"epoch": epoch, **values})
-        partial = self.file.with_suffix(".partial")
-        with partial.open("w", newline="") as lines:
-            writer = csv.DictWriter(lines, list(self.rows[-1]), restval="", extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(partial, self.file)
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, epoch)
-        self.writer.flush()

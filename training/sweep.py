@@ -135,7 +135,7 @@ def write_tables(folder: Path, rows: Sequence[dict[str, Any]], recipe: str) -> N
             "specificity", "AUC", "minutes")  # fmt: skip
     lines = [
         f"Out-of-fold scores, recipe `{Path(recipe).stem}`, alpha / rank constant. In brackets: 95% interval from",
-        "resampled slides; folds: mean and standard deviation over folds. Random splits leak: slides lie on both sides of them.",
+        "resampled slides; folds: mean and standard deviation. Random splits leak: slides lie on both sides of them.",
         "",
         f"| {' | '.join(head)} |",
         "|---|---|--:|--:|---|---|--:|--:|--:|--:|--:|",
