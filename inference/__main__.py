@@ -20,7 +20,7 @@ START = time.perf_counter()
 
 from .contract import find_stack, remove_answers, write_answers  # noqa: E402
 from .errors import UserError  # noqa: E402
-from .exits import describe, log, stderr_in_log  # noqa: E402
+from .exits import check_memory_limit, describe, log, stderr_in_log  # noqa: E402
 from .manifest import holds_ensemble, load_manifest, start_hash_check  # noqa: E402
 
 MODEL_TARBALL = Path("/opt/ml/model")  # where the platform unpacks an uploaded model
@@ -71,6 +71,7 @@ def run_job(options: argparse.Namespace) -> None:
     crops = read_stack(stack)
     clock["input"] = time.perf_counter()
 
+    check_memory_limit()
     import torch
 
     clock["import"] = time.perf_counter()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import sys
 import traceback
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from .errors import UserError
 
 LONGEST = 900  # characters of a message; the platform cuts at 1,024
+LEAST = 1 << 30  # bytes; a job with the smallest ensemble takes 0.9 of it
 MEMORY = "can't allocate memory", "cannot allocate memory", "bad_alloc", "failed to map segment", "not enough memory"
 
 
@@ -57,6 +59,16 @@ def describe(error: Exception) -> str:
         )
     line = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+
+
+def check_memory_limit() -> None:
+    """UserError where this process may not have the memory that PyTorch takes to start: without, it crashes in C++."""
+    for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS):
+        allowed = resource.getrlimit(kind)[0]
+        if allowed != resource.RLIM_INFINITY and allowed < LEAST:
+            raise UserError(
+                f"the job's memory limit is {allowed >> 20:,} MiB; expected {LEAST >> 20:,} or more; give it more memory"
+            )
 
 
 def is_memory(error: BaseException | None) -> bool:

@@ -130,4 +130,4 @@ def check_ended(ended: Ended) -> None:
         assert ended.files == [], ended.files
         assert ended.err.startswith("error: ") and ended.err.endswith("\n"), ended.err
         assert ended.err.count("\n") == 1 and ended.err[:-1].isprintable() and len(ended.err) < 1024, ended.err
-        assert "unexpected" not in ended.err and "expect" in ended.err and ended.err.count(";") >= 2, ended.err
+        assert "error: unexpected" not in ended.err and "expect" in ended.err and ended.err.count(";") >= 2, ended.err
