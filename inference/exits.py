@@ -67,7 +67,7 @@ def check_memory_limit() -> None:
         allowed = resource.getrlimit(kind)[0]
         if allowed != resource.RLIM_INFINITY and allowed < LEAST:
             raise UserError(
-                f"the job's memory limit is {allowed >> 20:,} MiB; expected {LEAST >> 20:,} or more; give it more memory"
+                f"the job's memory limit is {allowed >> 20:,} MiB; expected {LEAST >> 20:,} or more; give it more"
             )
 
 
