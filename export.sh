@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Writes what is uploaded to Grand Challenge: the image (NAME.tar.gz) and the ensemble as a model tarball (NAME-model.tar.gz).
 #   ./export.sh [--image TAG] [--ensemble DIR] [--output DIR] [--without-base] [--only image|model]
+# What was written is checked as the platform checks it (test/harness/preflight.py); a failed check is a failed export.
 # --without-base  leaves the base out of the model tarball, for an image that already holds the same one
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -14,20 +15,23 @@ while [ $# -gt 0 ]; do
         --output) output=${2:-}; shift 2 ;;
         --only) only=${2:-}; shift 2 ;;
         --without-base) model_options+=(--without-base); shift ;;
-        -h | --help) sed -n '2,4s/^# \{0,1\}//p' "$0"; exit ;;
+        -h | --help) sed -n '2,5s/^# \{0,1\}//p' "$0"; exit ;;
         *) fail "unknown option $1; see --help" ;;
     esac
 done
 case $only in image | model | '') ;; *) fail "--only $only; expected image or model" ;; esac
 mkdir -p "$output"
+python=$here/.venv/bin/python
+[ -x "$python" ] || python=python3
+export PYTHONPATH=$here
 
-describe() { # size and SHA-256 of a file, one line each
-    echo "  $1"
+describe() { # size and SHA-256 of a file, and what the platform would say of it
     echo "  $(wc -c <"$1" | awk '{printf "%.3f GB (%s bytes)", $1 / 1e9, $1}'), SHA-256 $(sha256sum "$1" | cut -d ' ' -f 1)"
+    "$python" -m test.harness.preflight "$1" || fail "$1 would be refused, or fail on the platform; see the lines above"
 }
 
 export_image() {
-    local client docker='' target pack=gzip
+    local client docker='' target size
     for client in ${DOCKER:-/usr/bin/docker docker}; do
         if timeout 20 "$client" info >/dev/null 2>&1; then docker=$client; break; fi
     done
@@ -37,21 +41,19 @@ export_image() {
         return
     fi
     "$docker" image inspect "$image" >/dev/null 2>&1 || fail "no image $image; build it with ./build.sh"
-    # one tag: the platform refuses an archive with several images. gzip: it cannot read zstd. Level 4 takes two thirds of
-    # the default level's time for one per cent more bytes
-    ! command -v pigz >/dev/null || pack=pigz
+    # one tag: the platform refuses an archive with several images. gzip: it cannot read zstd
     target=$output/$(basename "${image%%:*}").tar.gz
-    echo "saving $image with $pack (minutes)"
-    "$docker" save "$image" | "$pack" -4 -c >"$target.partial"
+    size=$("$docker" image inspect --format '{{.Size}}' "$image")
+    echo "Saving $image, compressed on all cores (minutes):"
+    "$docker" save "$image" | "$python" -m training.compress --total "$size" >"$target.partial"
     mv "$target.partial" "$target"
     echo "Image:"
     describe "$target"
 }
 
 export_model() {
-    local python=$here/.venv/bin/python target
-    [ -x "$python" ] || python=python3
-    target=$(PYTHONPATH=$here "$python" -m training.tarball "$ensemble" "$output" "${model_options[@]}") || exit 1
+    local target
+    target=$("$python" -m training.tarball "$ensemble" "$output" "${model_options[@]}") || exit 1
     echo "Model:"
     describe "$target"
 }

@@ -80,7 +80,7 @@ def check_gpu(manifest: Manifest | None) -> Iterator[Check]:
         yield Check("WARN", "GPU: none", "nothing to do for the small ensemble; large backbones take minutes a stack")
     try:
         device = choose_device("auto")
-        allowed = manifest.precision if manifest else {"fp32": 0.0}
+        allowed: dict[str, float | None] = manifest.precision if manifest else {"fp32": 0.0}
         safe = lookup(manifest.backbone).fp16_safe if manifest else True
         chosen = choose_precision("auto", device, allowed, safe)
         threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""

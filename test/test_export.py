@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import random
 import subprocess
 import tarfile
+import zlib
 from pathlib import Path
 
 import pytest
 
 from inference.errors import UserError
 from inference.manifest import load_manifest
+from test.test_preflight import CONFIG as IMAGE_CONFIG
+from test.test_preflight import FILES, saved, tar_of
+from training.compress import BLOCK, compress
 from training.tarball import main, write_model_tarball
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,6 +63,7 @@ def ensemble(tmp_path: Path) -> Path:
 @pytest.fixture
 def docker(tmp_path: Path) -> Path:
     """A Docker client that writes each call as a line to `calls` beside it, without a bridge network, with buildx."""
+    (tmp_path / "saved.tar").write_bytes(tar_of(saved([tar_of(FILES, {"bin": "usr/bin"})], IMAGE_CONFIG)))
     client = tmp_path / "docker"
     client.write_text(
         f"""#!/bin/sh
@@ -65,7 +72,7 @@ case "$*" in
     "network inspect bridge") exit 1 ;;
     "build --help") echo "      --provenance string" ;;
     "image inspect --format"*) echo 6700000000 ;;
-    save*) printf 'an image' ;;
+    save*) cat {tmp_path}/saved.tar ;;
 esac
 """
     )
@@ -123,10 +130,40 @@ def test_export_writes_image_and_model(ensemble: Path, docker: Path, tmp_path: P
     )
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["mine-model.tar.gz", "mine.tar.gz"]
-    assert subprocess.check_output(["gzip", "-dc", tmp_path / "out" / "mine.tar.gz"]) == b"an image"
+    unpacked = subprocess.check_output(["gzip", "-dc", tmp_path / "out" / "mine.tar.gz"])
+    assert unpacked == (tmp_path / "saved.tar").read_bytes()
+    assert "pass  one image" in done.stdout
+    assert "pass  model tarball" in done.stdout
+    assert "Upload, at grand-challenge.org" in done.stdout
     assert "save me/mine:2" in (tmp_path / "calls").read_text().splitlines()  # one tag, by name
     for path in (tmp_path / "out").iterdir():
         assert hashlib.sha256(path.read_bytes()).hexdigest() in done.stdout
+
+
+def test_an_image_that_would_be_refused_is_a_failed_export(ensemble: Path, docker: Path, tmp_path: Path) -> None:
+    root = IMAGE_CONFIG | {"config": IMAGE_CONFIG["config"] | {"User": "root"}}
+    (tmp_path / "saved.tar").write_bytes(tar_of(saved([tar_of(FILES)], root)))
+    options = ("--only", "image", "--image", "mine", "--output", str(tmp_path / "out"))
+    done = run("export.sh", *options, DOCKER=str(docker))
+    assert done.returncode == 1
+    assert "fail  the container runs as root" in done.stdout
+    assert "would be refused, or fail on the platform" in done.stderr
+    assert "Upload, at" not in done.stdout
+
+
+@pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK, 3 * BLOCK + 17])
+def test_parallel_gzip_is_one_ordinary_stream(size: int, capsys: pytest.CaptureFixture[str]) -> None:
+    data = (random.Random(0).randbytes(BLOCK // 2) + bytes(BLOCK))[:BLOCK] * 4
+    data = data[:size]
+    packed = [io.BytesIO(), io.BytesIO()]
+    for target, threads in zip(packed, (1, 4), strict=True):
+        assert compress(io.BytesIO(data), target, total=size, threads=threads) == size
+    assert packed[0].getvalue() == packed[1].getvalue()  # whatever the machine
+    unpacker = zlib.decompressobj(31)
+    assert unpacker.decompress(packed[0].getvalue()) == data
+    assert unpacker.eof
+    assert unpacker.unused_data == b""
+    assert ("of about" in capsys.readouterr().err) == (size > 0)
 
 
 def test_export_without_an_engine_writes_the_model_and_says_so(ensemble: Path, tmp_path: Path) -> None:
@@ -142,7 +179,8 @@ def test_build_asks_docker_for_what_the_platform_accepts(docker: Path, tmp_path:
     ensemble = ROOT / "weights" / "default"
     if not (ensemble / "ensemble.json").exists():
         pytest.skip("weights/default is not there")
-    done = run("build.sh", DOCKER=str(docker), IMAGE="mine:1", DOCKER_BUILD_ARGS="--pull --no-cache")
+    arguments = {"DOCKER": str(docker), "IMAGE": "mine:1", "DOCKER_BUILD_ARGS": "--pull --no-cache"}
+    done = run("build.sh", "--api", "invoke", **arguments)
     assert done.returncode == 0, done.stderr
     (build,) = [line for line in (tmp_path / "calls").read_text().splitlines() if line.startswith("build --platform")]
     assert build.startswith("build --platform linux/amd64 ")
@@ -152,6 +190,7 @@ def test_build_asks_docker_for_what_the_platform_accepts(docker: Path, tmp_path:
         "--pull --no-cache",
         "--tag mine:1",
         "ENSEMBLE=weights/default",
+        "API_METHOD=invoke",
     ):
         assert option in build
 
@@ -162,6 +201,7 @@ def test_build_asks_docker_for_what_the_platform_accepts(docker: Path, tmp_path:
         (("--engine", "docker", "--ensemble", "/elsewhere"), "outside"),
         (("--engine", "docker", "--ensemble", "test"), "no test/ensemble.json"),
         (("--engine", "podman"), "expected docker or native"),
+        (("--engine", "docker", "--api", "both"), "expected exec or invoke"),
         (("--engines", "docker"), "unknown option"),
         (("--engine", "native", "--requirements", "none.txt"), "no none.txt"),
     ],
