@@ -10,7 +10,7 @@ import pytest
 from inference.ensemble import average
 from test.tables import fake_run
 from training.__main__ import main
-from training.calibrate import OutOfFold, averaged, calibrate, fit_temperature, read_out_of_fold, sigmoid
+from training.calibrate import OutOfFold, averaged, calibrate, calibrated, fit_scale, read_out_of_fold, sigmoid
 from training.metrics import (
     balanced_accuracy,
     best_threshold,
@@ -36,15 +36,17 @@ def made_up(n: int = 3000, views_noise: float = 0.0, scale: float = 1.0, seed: i
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 3.0])
-def test_the_temperature_undoes_a_scale(scale):
+def test_temperature_and_shift_undo_scale_and_prior(scale):
     oof = made_up(scale=scale)
-    assert fit_temperature(oof.logits[:1], oof.labels, "logit") == pytest.approx(scale, rel=0.1)
+    temperature, shift = fit_scale(oof.logits[:1] + 2, oof.labels, "logit")
+    assert temperature == pytest.approx(scale, rel=0.1)
+    assert shift == pytest.approx(-2, abs=0.15 * scale)
 
 
 def test_calibrated_probabilities_are_closer_to_the_shares():
     oof = made_up(scale=3.0)
     chosen = calibrate(oof)
-    raw, p = (averaged(oof.logits[:1], "logit", t) for t in (1.0, chosen["temperature"]))
+    raw, p = averaged(oof.logits[:1], "logit"), calibrated(oof.logits, chosen)
     assert ece(oof.labels, p) < 0.03 < ece(oof.labels, raw)
     assert brier(oof.labels, p) < brier(oof.labels, raw)
 
@@ -57,7 +59,7 @@ def test_more_views_only_where_they_gain():
 def test_the_threshold_has_high_balanced_accuracy_and_an_interval_around_it():
     oof = made_up()
     chosen = calibrate(oof)
-    p = averaged(oof.logits[:1], "logit", chosen["temperature"])
+    p = calibrated(oof.logits, chosen)
     low, high = chosen["threshold_interval"]
     assert low < chosen["threshold"] < high
     assert best_threshold(oof.labels, p)[1] - 0.01 < chosen["balanced_accuracy"] <= best_threshold(oof.labels, p)[1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -133,7 +134,7 @@ def jpeg(rgb: torch.Tensor, a: Augment, g: torch.Generator) -> torch.Tensor:
     for n in chosen:
         pixels = (rgb[n].permute(1, 2, 0) * 255).round().byte().numpy()
         _, code = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality[n]])
-        decoded = cv2.imdecode(code, cv2.IMREAD_COLOR)[..., ::-1].copy()
+        decoded = np.asarray(cv2.imdecode(code, cv2.IMREAD_COLOR))[..., ::-1].copy()
         rgb[n] = torch.from_numpy(decoded).permute(2, 0, 1) / 255
     return rgb
 

@@ -1,15 +1,13 @@
-"""Choose how logits become answers, on out-of-fold logits only: TTA, averaging over views, temperature, threshold.
+"""Choose how logits become answers, on out-of-fold logits only: TTA, averaging, temperature, shift, threshold.
 
-Each choice is kept only for a measured gain. The temperature minimises the negative log-likelihood; the threshold
-maximises balanced accuracy, and its interval comes from a bootstrap over groups (slides), because crops of one slide are
-not independent.
+Each choice is kept only for a measured gain. Temperature and shift minimise the negative log-likelihood; the threshold
+maximises balanced accuracy, with an interval from a bootstrap over groups (slides), whose crops are not independent.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ import numpy as np
 from inference.errors import UserError
 from inference.preprocess import TTA_VIEWS
 
-from .metrics import balanced_accuracy, best_threshold, roc_auc
+from .metrics import balanced_accuracy, best_threshold, group_bootstrap, roc_auc
 
 MINIMAL_GAIN = 5e-4  # in AUC: less does not pay for more views
 RESAMPLES = 1000
@@ -46,7 +44,8 @@ def run(options: argparse.Namespace) -> None:
     for tta, scores in result["tried"].items():
         print(f"{tta:>5}: " + ", ".join(f"{rule} AUC {auc:.4f}" for rule, auc in scores.items()))
     low, high = result["threshold_interval"]
-    print(f"chosen: tta {result['tta']}, averaging {result['averaging']}, temperature {result['temperature']:.3f}")
+    print(f"chosen: tta {result['tta']}, averaging {result['averaging']}, "
+          f"temperature {result['temperature']:.3f}, shift {result['shift']:+.3f}")  # fmt: skip
     print(f"threshold {result['threshold']:.3f} (95% {low:.3f} to {high:.3f}), out-of-fold balanced accuracy "
           f"{result['balanced_accuracy']:.4f}, AUC {result['auc']:.4f}")  # fmt: skip
 
@@ -76,28 +75,35 @@ def read_out_of_fold(run: Path) -> OutOfFold:
     return OutOfFold(logits, column("label").astype(int), column("group"), column("domain"), folds)
 
 
-def averaged(logits: np.ndarray, averaging: str, temperature: float = 1.0) -> np.ndarray:
+def averaged(logits: np.ndarray, averaging: str, temperature: float = 1.0, shift: float = 0.0) -> np.ndarray:
     """P(atypical) (N,) from the views' logits (V, N)."""
-    scaled = logits / temperature
+    scaled = (logits + shift) / temperature
     return sigmoid(scaled.mean(0)) if averaging == "logit" else sigmoid(scaled).mean(0)
+
+
+def calibrated(logits: np.ndarray, chosen: dict[str, Any]) -> np.ndarray:
+    """P(atypical) (N,) from the eight d4 views' logits (8, N) by what `calibrate` chose."""
+    views = logits[: TTA_VIEWS[chosen["tta"]]]
+    return averaged(views, chosen["averaging"], chosen["temperature"], chosen["shift"])
 
 
 def sigmoid(z: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-np.clip(z, -500, 500)))
 
 
-def fit_temperature(logits: np.ndarray, labels: np.ndarray, averaging: str) -> float:
-    """The temperature in [0.1, 10] with the least negative log-likelihood, by golden-section search."""
+def fit_scale(logits: np.ndarray, labels: np.ndarray, averaging: str) -> tuple[float, float]:
+    """(temperature, shift) with the least negative log-likelihood (Platt scaling), temperature in [0.1, 10].
 
-    def loss(log_t: float) -> float:
-        p = np.clip(averaged(logits, averaging, float(np.exp(log_t))), 1e-7, 1 - 1e-7)
+    The shift undoes what class weights and balanced sampling do to the prior; the order of the crops stays as it is.
+    """
+    from scipy.optimize import minimize
+
+    def loss(x: np.ndarray) -> float:
+        p = np.clip(averaged(logits, averaging, float(np.exp(x[0])), x[1]), 1e-7, 1 - 1e-7)
         return -float(np.mean(labels * np.log(p) + (1 - labels) * np.log(1 - p)))
 
-    low, high, ratio = float(np.log(0.1)), float(np.log(10)), (5**0.5 - 1) / 2
-    while high - low > 1e-4:
-        left, right = high - ratio * (high - low), low + ratio * (high - low)
-        low, high = (low, right) if loss(left) < loss(right) else (left, high)
-    return float(np.exp((low + high) / 2))
+    found = minimize(loss, [0.0, 0.0], method="Nelder-Mead", bounds=[(np.log(0.1), np.log(10)), (-10, 10)])
+    return float(np.exp(found.x[0])), float(found.x[1])
 
 
 def smooth_threshold(labels: np.ndarray, p: np.ndarray) -> float:
@@ -111,13 +117,6 @@ def smooth_threshold(labels: np.ndarray, p: np.ndarray) -> float:
     return float(sigmoid(np.array(np.mean(cuts))))
 
 
-def group_bootstrap(groups: np.ndarray, resamples: int, seed: int = 0) -> Sequence[np.ndarray]:
-    """Index arrays of crops, each of as many groups drawn with replacement."""
-    g = np.random.default_rng(seed)
-    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
-    return [np.concatenate([members[m] for m in g.integers(len(members), size=len(members))]) for _ in range(resamples)]
-
-
 def calibrate(oof: OutOfFold) -> dict[str, Any]:
     """The choices with their scores, as calibration.json holds them."""
     tried = {
@@ -125,24 +124,25 @@ def calibrate(oof: OutOfFold) -> dict[str, Any]:
         for tta, views in TTA_VIEWS.items()
     }
     tta, averaging = "none", "logit"
-    for name, scores in tried.items():
-        for rule, auc in scores.items():
+    for name, rules in tried.items():
+        for rule, auc in rules.items():
             if auc > tried[tta][averaging] + MINIMAL_GAIN:
                 tta, averaging = name, rule
     logits = oof.logits[: TTA_VIEWS[tta]]
-    temperature = fit_temperature(logits, oof.labels, averaging)
-    p = averaged(logits, averaging, temperature)
+    temperature, shift = fit_scale(logits, oof.labels, averaging)
+    p = averaged(logits, averaging, temperature, shift)
     threshold = smooth_threshold(oof.labels, p)
-    cuts, scores = [], []
+    cuts, accuracies = [], []
     for index in group_bootstrap(oof.groups, RESAMPLES):
         if len(np.unique(oof.labels[index])) == 2:
             cuts.append(best_threshold(oof.labels[index], p[index])[0])
-            scores.append(balanced_accuracy(oof.labels[index], p[index] >= threshold))
+            accuracies.append(balanced_accuracy(oof.labels[index], p[index] >= threshold))
     return {
-        "tta": tta, "averaging": averaging, "temperature": temperature, "threshold": threshold,
+        "tta": tta, "averaging": averaging, "temperature": temperature, "shift": shift,
+        "threshold": threshold,
         "threshold_interval": np.quantile(cuts, [0.025, 0.975]).tolist(),
         "balanced_accuracy": balanced_accuracy(oof.labels, p >= threshold),
-        "balanced_accuracy_interval": np.quantile(scores, [0.025, 0.975]).tolist(),
+        "balanced_accuracy_interval": np.quantile(accuracies, [0.025, 0.975]).tolist(),
         "balanced_accuracy_at_half": balanced_accuracy(oof.labels, averaged(logits, averaging) >= 0.5),
         "auc": roc_auc(oof.labels, p), "tried": tried, "crops": len(p), "atypical": int(oof.labels.sum()),
     }  # fmt: skip

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.torch import load_file, save_file
 
 from inference.backbones import lookup
 from inference.ensemble import Ensemble
@@ -45,6 +46,8 @@ def run(options: argparse.Namespace) -> None:
             f"{base} is missing; it holds the base weights; run 'python -m training base {recipe.backbone}'"
         )
     calibration = calibrate(read_out_of_fold(options.run))
+    if base.parent not in (BASES, options.output) and not options.include_base:
+        raise UserError(f"{base} would not be found; expected it in {BASES}; use --include-base, or move it there")
     options.output.mkdir(parents=True, exist_ok=True)
     folds = []
     for source in sorted(options.run.glob("fold*"), key=lambda f: int(f.name[4:])):
@@ -52,6 +55,7 @@ def run(options: argparse.Namespace) -> None:
         target.mkdir(exist_ok=True)
         for name in FILES:
             shutil.copyfile(source / name, target / name)
+        shift_head(target / FILES[1], calibration["shift"])
         clean_config(target / FILES[0], row.source)
         folds.append({"folder": source.name, "sha256": {name: sha256(target / name) for name in FILES}})
     if options.include_base:
@@ -87,15 +91,23 @@ def clean_config(file: Path, source: str) -> None:
     file.write_text(json.dumps(dict(sorted(config.items())), indent=1) + "\n")
 
 
+def shift_head(file: Path, shift: float) -> None:
+    """Add calibration's shift to the bias of an adapter's head."""
+    tensors = load_file(file)
+    bias = next(name for name, value in tensors.items() if name.endswith(".bias") and value.shape == (1,))
+    tensors[bias] = tensors[bias] + shift
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(0o644)  # safetensors writes for the owner alone, and an image's user is another
+
+
 def provenance(run: Path, settings: dict[str, Any], calibration: dict[str, Any]) -> dict[str, Any]:
     packages = ("torch", "timm", "peft", "numpy")
     keep = ("crops", "atypical", "balanced_accuracy", "balanced_accuracy_interval", "balanced_accuracy_at_half", "auc",
-            "threshold_interval")  # fmt: skip
+            "threshold_interval", "shift")  # fmt: skip
     data = run / "data.json"
     return {
         "recipe": settings,
         "data": json.loads(data.read_text()) if data.exists() else {},
-        "split_sha256": sha256(run / "split.csv"),
         "out_of_fold": {key: calibration[key] for key in keep},
         "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
     }

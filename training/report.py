@@ -19,7 +19,7 @@ from inference import manifest
 from inference.errors import UserError
 from inference.preprocess import TTA_VIEWS
 
-from .calibrate import OutOfFold, averaged, calibrate, read_out_of_fold
+from .calibrate import OutOfFold, averaged, calibrate, calibrated, read_out_of_fold
 from .curves import curves_chart, reliability_chart, roc_chart, threshold_chart
 from .metrics import intervals, scores
 
@@ -65,7 +65,7 @@ def report(run: Path) -> str:
     settings = _read_json(run / "recipe.json")
     data = _read_json(run / "data.json") if (run / "data.json").exists() else {}
     chosen = calibrate(oof)
-    p = averaged(oof.logits[: TTA_VIEWS[chosen["tta"]]], chosen["averaging"], chosen["temperature"])
+    p = calibrated(oof.logits, chosen)
     raw = averaged(oof.logits[: TTA_VIEWS[chosen["tta"]]], chosen["averaging"])
     threshold, name = chosen["threshold"], escape(run.resolve().name)
     counts = f"{len(p):,} crops, {oof.labels.sum():,} atypical, {len(set(oof.groups)):,} slides or cases"
@@ -74,7 +74,8 @@ def report(run: Path) -> str:
     panels = [
         _panel("Out of fold", _figures(pooled, spans) + f"""<p class="small muted">{counts}. Called atypical from
             P = {threshold:.3f} on; TTA {chosen["tta"]}, mean {chosen["averaging"]}, temperature
-            {chosen["temperature"]:.2f}. In brackets: 95% intervals from resampled slides.</p>""", wide=True),
+            {chosen["temperature"]:.2f}, shift {chosen["shift"]:+.2f}. In brackets: 95% intervals from resampled
+            slides.</p>""", wide=True),
         _panel("ROC", roc_chart(oof, p, threshold).svg()),
         _panel("Threshold", threshold_chart(oof, p, chosen).svg()
                + f"""<p class="small muted">At 0.5 on uncalibrated probabilities, the balanced accuracy would be
@@ -99,8 +100,8 @@ def report(run: Path) -> str:
 {len(histories)} folds split {escape(settings["split"])}, seed {settings["seed"]}</p></header>
 <main class="panels">{"".join(panels)}</main>
 <footer>Each crop is scored by the fold that did not train on it. The ensemble of all folds cannot be scored on these
-crops: every one of them trained some fold. Threshold and temperature were chosen on the same crops, which flatters the
-scores a little.</footer></body></html>
+crops: every one of them trained some fold. Threshold, temperature and shift were chosen on the same crops, which
+flatters the scores a little.</footer></body></html>
 """
 
 

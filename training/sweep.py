@@ -20,9 +20,8 @@ from inference.adapters import open_safetensors
 from inference.backbones import BACKBONES, lookup
 from inference.errors import UserError
 from inference.manifest import BASES
-from inference.preprocess import TTA_VIEWS
 
-from .calibrate import OutOfFold, averaged, calibrate, read_out_of_fold
+from .calibrate import OutOfFold, calibrate, calibrated, read_out_of_fold
 from .data import load_data
 from .feed import load_crops
 from .fit import find_base, fit, make_accelerator
@@ -95,7 +94,7 @@ def summarise(run: Path, recipe: Recipe) -> dict[str, Any]:
     """One row of the table from a finished run."""
     oof = read_out_of_fold(run)
     chosen = calibrate(oof)
-    p = averaged(oof.logits[: TTA_VIEWS[chosen["tta"]]], chosen["averaging"], chosen["temperature"])
+    p = calibrated(oof.logits, chosen)
     pooled = scores(oof.labels, p, chosen["threshold"])
     folds = _by(oof, p, chosen["threshold"], oof.folds)
     adapter = open_safetensors(run / "fold0" / "adapter_model.safetensors")
