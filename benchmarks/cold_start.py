@@ -133,7 +133,7 @@ def show(result: dict[str, Any]) -> str:
         phases = ", ".join(f"{key} {value:.2f}" for key, value in part["seconds"].items())
         lines.append(f"{name:>6}: {part['wall']:7.2f} s{memory}  ({phases})")
     lines.append(
-        f"ratios: speedup {result['speedup']:.1f}, memory {result['memory_ratio']:.2f}, floor {result['floor_ratio']:.2f}"
+        f"speedup {result['speedup']:.1f}, memory {result['memory_ratio']:.2f}, floor {result['floor_ratio']:.2f}"
     )
     return "\n".join(lines)
 

@@ -22,7 +22,7 @@ RANK, ALPHA, FOLDS = 8, 16.0, 3
 
 
 def make(backbone: str, cache: Path) -> Path:
-    """An ensemble folder under `cache` with a random fp16 base, three random rank-8 qkv adapters; the base in fp32 beside it.
+    """An ensemble folder under `cache`: a random fp16 base, three random rank-8 qkv adapters; the base in fp32 beside.
 
     The base's values are rounded to fp16 in both files, so that the plain path and ours compute with the same numbers.
     """

@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """Something outside the program is wrong. The message is one line: what was found, what was expected, what to do."""
+    """Something outside the program is wrong. The message, one line: what was found, what was expected, what to do."""
 
     def __str__(self) -> str:
         return " ".join(super().__str__().split())
