@@ -8,6 +8,7 @@ find: a crash, a wrong exit, an input that takes ten seconds of processor time, 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
@@ -23,7 +24,6 @@ TIMEOUT, MEMORY = 120, 3072  # seconds on the wall and MiB of one input; the tar
 
 def fuzz_here(name: str, flags: list[str]) -> None:
     """Fuzz one target in this process; does not return."""
-    tempfile.tempdir = "/dev/shm" if Path("/dev/shm").is_dir() else None
     import atheris
 
     with atheris.instrument_imports(include=["inference", "PIL"], enable_loader_override=False):
@@ -53,7 +53,10 @@ def fuzz(name: str, seconds: int, runs: int, corpus: Path) -> tuple[dict[str, in
         str(corpus / name), f"-artifact_prefix={found}/", f"-timeout={TIMEOUT}", f"-rss_limit_mb={MEMORY}",
         f"-max_total_time={seconds}", f"-runs={runs}", "-print_final_stats=1", "-max_len=65536", "-len_control=0",
     ]  # fmt: skip
-    done = subprocess.run([sys.executable, "-m", "test.fuzz", "--here", name, *flags], capture_output=True, text=True)
+    command = [sys.executable, "-m", "test.fuzz", "--here", name, *flags]
+    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    with tempfile.TemporaryDirectory(prefix="fuzz-", dir=memory) as folder:  # libFuzzer ends without cleaning up
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TMPDIR": folder})
     if done.returncode:
         print(done.stdout[-1500:])
     if not any(found.iterdir()):

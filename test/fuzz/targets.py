@@ -6,6 +6,7 @@ and an empty output folder. Reading an adapter must give finite tensors or one U
 
 from __future__ import annotations
 
+import atexit
 import json
 import random
 import shutil
@@ -32,9 +33,9 @@ LAYERS = ["blocks.0.attn.qkv", "blocks.1.attn.qkv", "patch_embed.proj"]
 
 @cache
 def workplace() -> Path:
-    """A folder of this process, in memory where that is possible."""
-    shared = Path("/dev/shm")
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir=shared if shared.is_dir() else None))
+    """A folder of this process."""
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     stub_manifest(folder / "ensemble")
     (folder / "output").mkdir()
     return folder
