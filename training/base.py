@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     origin = str(options.file.name if options.file else row.source)
     partial = target.with_suffix(".partial")
-    save_file(state, partial, metadata={"backbone": options.name, "source": origin, "licence": row.licence})
+    save_file(state, partial, metadata={"format": "pt"})  # several entries would be written in a random order
     partial.chmod(0o644)  # safetensors writes for the owner alone, and an image's user is another
     os.replace(partial, target)
     record = {"backbone": options.name, "source": origin, "licence": row.licence, "sha256": sha256(target)}
