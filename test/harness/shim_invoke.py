@@ -122,6 +122,9 @@ def main(argument: str) -> int:
         server["ready_seconds"] = time.monotonic() - start
     except shim.SetupError as error:
         server["error"] = failed = str(error)
+        if process is not None and process.poll() is not None:
+            for reader in readers:  # what it said last may still be in a pipe
+                reader.join(5)
     for task in job["tasks"]:
         result: dict[str, Any] = {"code": None, "error": failed}
         try:
