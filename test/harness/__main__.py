@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from random import Random
 
-from test.harness import engines, layout, readout, report, sagemaker, served
+from test.harness import engines, layout, page, readout, report, sagemaker, served
 from test.harness.findings import Finding, passed
 
 ROOT = engines.ROOT
@@ -207,6 +207,8 @@ def main(arguments: list[str] | None = None) -> int:
         findings = score(results, options.truth, options.output)
         print(*findings, sep="\n", end="\n" if findings else "")
         good = good and passed(findings)
+    ensemble = options.weights or (ROOT / "weights/default" if options.image == OUR_IMAGE else None)
+    print(page.write_page(results, options.truth, ensemble, options.output / "report.html"))
     passes = sum(result.passed for result in results)
     where = os.path.relpath(options.output)
     print(f"{passes} of {len(results)} stacks passed every check; answers and logs are in {where}")

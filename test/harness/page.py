@@ -1,0 +1,51 @@
+"""The run as the page that `inference score --report` makes: every crop with its answer, and with labels the mistakes."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from test.harness.report import Result
+
+if TYPE_CHECKING:
+    import numpy as np
+
+NEEDS = ("numpy", "PIL")
+
+
+def write_page(results: list[Result], truth: Path | None, ensemble: Path | None, file: Path) -> str:
+    """Writes `file` from all stacks that were answered; returns a line that says so, or why there is no page.
+
+    Args:
+        truth: ground_truth.json, for labels and domains.
+        ensemble: its folder, where the answers are known to come from it.
+    """
+    missing = [name for name in NEEDS if not importlib.util.find_spec(name)]
+    answered = [result for result in results if result.answers]
+    if missing or not answered:
+        return f"no report: {f'{missing[0]} is not installed; see build.sh' if missing else 'no stack was answered'}"
+    from inference.manifest import holds_ensemble, load_manifest
+    from inference.report import Row, write_report
+    from inference.stack import read_stack
+    from test.harness.scoring import read_truth
+
+    known = read_truth(truth) if truth else {}
+    rows = []
+    for result in answered:
+        labels, domains = known.get(result.stack.name, ([None] * result.pages, [""] * result.pages))
+        pages = (result.run.details or {}).get("pages", [{}] * result.pages)
+        for page, answer in enumerate(result.answers or []):
+            label = None if labels[page] is None else int(labels[page] == "atypical")
+            folds = tuple(pages[page].get("fold_p", ()))
+            rows.append(Row(result.stack.name, page, answer["confidence"], folds, label, str(domains[page])))
+
+    def crops() -> Iterator[np.ndarray]:
+        for result in answered:
+            yield from read_stack(result.stack)
+
+    manifest = load_manifest(ensemble) if ensemble and ensemble.is_dir() and holds_ensemble(ensemble) else None
+    threshold = (answered[0].run.details or {}).get("threshold", 0.5)
+    write_report(rows, crops(), manifest, file, title="Local run", threshold=threshold)
+    return f"report to look at: {file}"
