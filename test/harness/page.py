@@ -1,4 +1,4 @@
-"""The run as the page that `inference score --report` makes: every crop with its answer, and with labels the mistakes."""
+"""The run as the page that `inference score --report` makes: every crop with its answer, and the mistakes."""
 
 from __future__ import annotations
 
