@@ -45,6 +45,13 @@ build_image() {
     "$docker" build --platform linux/amd64 "${options[@]}" --build-arg "ENSEMBLE=$ensemble" ${DOCKER_BUILD_ARGS:-} --tag "$image" .
     echo "layers of $image, newest first:"
     "$docker" history --format '{{printf "%9s" .Size}}  {{.CreatedBy}}' "$image" | awk '!/^ *0B/ {print substr($0, 1, 100)}'
+    if ! compgen -G "weights/bases/*.safetensors" >/dev/null; then # export.sh packs it; the image has just made it
+        local container
+        container=$("$docker" create "$image")
+        mkdir -p weights/bases
+        "$docker" cp "$container:/opt/app/weights/bases/." weights/bases/
+        "$docker" rm "$container" >/dev/null
+    fi
     echo "built image $image ($("$docker" image inspect --format '{{.Size}}' "$image" | awk '{printf "%.2f GB", $1 / 1e9}'))"
 }
 

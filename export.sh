@@ -3,6 +3,7 @@
 #   ./export.sh [--image TAG] [--ensemble DIR] [--output DIR] [--without-base] [--only image|model]
 # What was written is checked as the platform checks it (test/harness/preflight.py); a failed check is a failed export.
 # --without-base  leaves the base out of the model tarball, for an image that already holds the same one
+# --only          writes one of the two
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 fail() { echo "export.sh: $*" >&2; exit 1; }
@@ -15,7 +16,7 @@ while [ $# -gt 0 ]; do
         --output) output=${2:-}; shift 2 ;;
         --only) only=${2:-}; shift 2 ;;
         --without-base) model_options+=(--without-base); shift ;;
-        -h | --help) sed -n '2,5s/^# \{0,1\}//p' "$0"; exit ;;
+        -h | --help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit ;;
         *) fail "unknown option $1; see --help" ;;
     esac
 done

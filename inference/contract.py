@@ -101,8 +101,9 @@ def write_answers(output_dir: Path, p_atypical: Sequence[float], threshold: floa
     try:
         _write_whole(file, text.encode())
     except OSError as error:
+        advice = "free some" if error.errno == errno.ENOSPC else "make it, or make it writable"
         raise UserError(
-            f"cannot write {file} ({error.strerror}); expected a writable folder with space; free it"
+            f"cannot write {file} ({error.strerror}); expected a writable folder with space; {advice}"
         ) from None
     return file
 

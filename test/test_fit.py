@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,16 +27,14 @@ from inference.stack import read_stack
 from test.miniature import random_base
 from test.tables import tiny_table
 from training.__main__ import main
+from training.augment import Augment
 from training.data import load_data
 from training.feed import batches, epoch_order, generator, load_crops
 from training.fit import fit, make_accelerator
 from training.loop import Progress, fit_fold, learning_rate_share
 from training.recipe import Recipe, load_recipe
 
-PLAIN = ["augment.dihedral=false", *(f"augment.{name}=0" for name in (
-    "rotate", "scale", "shift", "brightness", "contrast", "saturation", "hue", "hed", "blur_p", "noise_p", "jpeg_p",
-    "cutout_p",
-))]  # fmt: skip
+PLAIN = ["augment.dihedral=false", *(f"augment.{f.name}=0" for f in fields(Augment) if f.name != "dihedral")]
 
 
 def recipe(*changes: str) -> Recipe:

@@ -25,6 +25,19 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:  # .venv of a job's requirements alone
+        advice = "run ./build.sh --engine native --requirements requirements-train.txt"
+        print(f"error: package {error.name} is not installed; training needs it; {advice}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
@@ -32,12 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         if arguments[:1] == [name]:
             importlib.import_module(f".{name}", __package__).configure(sub)
     options = parser.parse_args(arguments)
-    try:
-        importlib.import_module(f".{options.command}", __package__).run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    importlib.import_module(f".{options.command}", __package__).run(options)
 
 
 if __name__ == "__main__":

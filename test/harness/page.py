@@ -25,7 +25,7 @@ def write_page(results: list[Result], truth: Path | None, ensemble: Path | None,
     missing = [name for name in NEEDS if not importlib.util.find_spec(name)]
     answered = [result for result in results if result.answers]
     if missing or not answered:
-        return f"no report: {f'{missing[0]} is not installed; see build.sh' if missing else 'no stack was answered'}"
+        return f"no report: {f'{missing[0]} is not installed; run ./build.sh --engine native' if missing else 'no stack was answered'}"
     from inference.manifest import holds_ensemble, load_manifest
     from inference.report import Row, write_report
     from inference.stack import read_stack
@@ -45,7 +45,10 @@ def write_page(results: list[Result], truth: Path | None, ensemble: Path | None,
         for result in answered:
             yield from read_stack(result.stack)
 
+    details = answered[0].run.details or {}
     manifest = load_manifest(ensemble) if ensemble and ensemble.is_dir() and holds_ensemble(ensemble) else None
-    threshold = (answered[0].run.details or {}).get("threshold", 0.5)
+    if manifest and manifest.name != details.get("ensemble", manifest.name):
+        manifest = None  # the image was built with another one
+    threshold = details.get("threshold", 0.5)
     write_report(rows, crops(), manifest, file, title="Local run", threshold=threshold)
     return f"report to look at: {file}"
