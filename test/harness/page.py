@@ -24,8 +24,10 @@ def write_page(results: list[Result], truth: Path | None, ensemble: Path | None,
     """
     missing = [name for name in NEEDS if not importlib.util.find_spec(name)]
     answered = [result for result in results if result.answers]
-    if missing or not answered:
-        return f"no report: {f'{missing[0]} is not installed; run ./build.sh --engine native' if missing else 'no stack was answered'}"
+    if missing:
+        return f"no report: {missing[0]} is not installed; run ./build.sh --engine native"
+    if not answered:
+        return "no report: no stack was answered"
     from inference.manifest import holds_ensemble, load_manifest
     from inference.report import Row, write_report
     from inference.stack import read_stack
