@@ -22,7 +22,7 @@ RUN python3 -m venv --without-pip /opt/venv \
         nvidia/cusolver/lib/libcusolverMg.so.* nvidia/cuda_nvrtc/lib/*.alt.so.* \
         nvidia/cuda_cupti/lib/libnvperf_* nvidia/cuda_cupti/lib/libpcsamplingutil.so nvidia/cuda_cupti/lib/libcheckpoint.so \
     && find . -type d -name tests -prune -exec rm -rf {} + \
-    && /opt/venv/bin/python -c "import ctypes, torch, torchvision, timm, SimpleITK, safetensors.torch; \
+    && /opt/venv/bin/python -c "import ctypes, torch, torchvision, timm, safetensors.torch; \
 ctypes.CDLL(torch.__path__[0] + '/lib/libtorch_cuda_linalg.so'); \
 x = torch.randn(2, 3, 32, 32); torch.nn.Conv2d(3, 8, 3)(x); torch.linalg.inv(x[0, 0] @ x[0, 0].T); print('torch', torch.__version__)" \
     && rm -rf /tmp/*

@@ -2,13 +2,15 @@
 # Pins every requirement with its hashes for linux x86_64 and Python 3.11. What is pinned stays, unless `--upgrade` is given.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-compile() { # the three files agree with each other because each takes the one before as its constraints
+compile() { # the files agree with each other because each takes the ones before as its constraints
     uv pip compile "requirements/$1.in" --output-file "$2" --quiet --generate-hashes \
         --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
         --no-emit-index-url --no-emit-find-links --custom-compile-command "requirements/compile.sh [--upgrade]" "${@:3}"
 }
 compile job requirements.txt "$@"
 compile train requirements-train.txt "$@"
+compile ray requirements-ray.txt "$@"
+compile slides requirements-slides.txt "$@"
 compile dev requirements-dev.txt "$@"
 
 # the platform's own entry shim; see requirements/shim.in

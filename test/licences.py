@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LOCKS = {
     "requirements.txt": "In the image",
     "requirements-train.txt": "For training, in addition",
+    "requirements-ray.txt": "For a cluster, in addition",
+    "requirements-slides.txt": "For whole slides, in addition",
     "requirements-dev.txt": "For tests, in addition",
 }
 # copyleft that would reach the code that uses the package, and terms that exclude uses; the lesser ones do neither
