@@ -33,7 +33,8 @@ def test_no_licence_is_refused_or_unknown() -> None:
 
 
 def test_the_locks_agree_and_are_hashed() -> None:
-    job, train, dev = (locked(ROOT / lock) for lock in LOCKS)
-    assert job.items() <= train.items() <= dev.items()
+    job, train, ray, slides, dev = (locked(ROOT / lock) for lock in LOCKS)
+    for extra in (train, ray, slides):
+        assert job.items() <= extra.items() <= dev.items()
     assert "--require-hashes" in (ROOT / "Dockerfile").read_text()
-    assert not {"peft", "atheris", "pytest", "opencv-python-headless"} & job.keys()
+    assert not {"peft", "ray", "atheris", "pytest", "opencv-python-headless"} & job.keys()
