@@ -56,7 +56,9 @@ RUN chmod -R u=rwX,go=rX /opt/app && /opt/venv/bin/python -m compileall -q /opt/
 
 # ---- what is shipped ------------------------------------------------------------------------------------------------
 FROM dependencies AS job
-LABEL org.opencontainers.image.title="midog-lora" org.opencontainers.image.licenses="Apache-2.0"
+ARG ENSEMBLE=weights/default
+# which folder the bundled ensemble came from, for a later build of the same image
+LABEL org.opencontainers.image.title="midog-lora" org.opencontainers.image.licenses="Apache-2.0" midog-lora.ensemble=${ENSEMBLE}
 # Nothing is fetched at run time, and what libraries want to cache goes to /tmp, the only place that is always writable.
 ENV PATH=/opt/venv/bin:$PATH \
     HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HOME=/tmp/huggingface TORCH_HOME=/tmp/torch XDG_CACHE_HOME=/tmp/cache \

@@ -21,7 +21,7 @@ START = time.perf_counter()
 from .contract import find_stack, remove_answers, write_answers  # noqa: E402
 from .errors import UserError  # noqa: E402
 from .exits import check_memory_limit, describe, log, stderr_in_log  # noqa: E402
-from .manifest import holds_ensemble, load_manifest, start_hash_check  # noqa: E402
+from .manifest import load_manifest, start_hash_check  # noqa: E402
 
 MODEL_TARBALL = Path("/opt/ml/model")  # where the platform unpacks an uploaded model
 BUNDLED = Path(__file__).resolve().parent.parent / "weights" / "default"
@@ -30,8 +30,12 @@ COMMANDS = {"score": "inference.score", "serve": "inference.serve", "doctor": "i
 
 
 def default_weights() -> Path:
-    """The ensemble of a command that names none: the uploaded model where there is one, else ours."""
-    return MODEL_TARBALL if holds_ensemble(MODEL_TARBALL) else BUNDLED
+    """The ensemble of a command that names none: the uploaded model where there is one, else ours.
+
+    Whatever was uploaded counts: a tarball without ensemble.json is refused, not answered with another ensemble.
+    """
+    uploaded = MODEL_TARBALL.is_dir() and any(not path.name.startswith(".") for path in MODEL_TARBALL.iterdir())
+    return MODEL_TARBALL if uploaded else BUNDLED
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -49,7 +53,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--weights",
         type=Path,
         metavar="DIR",
-        help=f"ensemble folder (default {MODEL_TARBALL} if it holds one, else ours)",
+        help=f"ensemble folder (default: what was uploaded to {MODEL_TARBALL}, else ours)",
     )
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
     add("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto")

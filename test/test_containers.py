@@ -201,6 +201,16 @@ def test_preflight_of_files_that_docker_saved(build: Callable[..., str], tmp_pat
     assert "only have 1 image, it has 2" in messages(check(good, root))
 
 
+def test_a_rebuild_keeps_the_ensemble_of_the_image(
+    build: Callable[..., str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    other = build(lines="LABEL midog-lora.ensemble=weights/gone org.grand-challenge.api-method=exec\n")
+    command_line.build("docker", other)  # newer than all sources: left alone
+    with pytest.raises(RuntimeError, match=r"build\.sh"):
+        command_line.build("docker", other, "invoke")
+    assert "no weights/gone/ensemble.json" in capfd.readouterr().err
+
+
 @pytest.mark.skipif(engines.inspect(IMAGE) is None, reason=f"no image {IMAGE} (./build.sh)")
 @pytest.mark.parametrize("options", [[], ["--strict", "--shm-size", "1g"]])
 def test_the_real_image_passes_everything(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -60,6 +61,21 @@ def test_a_process_answers_logs_and_is_silent(miniature: Path, tmp_path: Path) -
     pages = json.loads(details.read_text())["pages"]
     assert [page["p_atypical"] for page in pages] == [answer["confidence"] for answer in answers]
     assert all(page["spread"] == pytest.approx(max(page["fold_p"]) - min(page["fold_p"])) for page in pages)
+
+
+def test_what_was_uploaded_is_what_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tarball that holds no ensemble must fail: the bundled one would answer in its name."""
+    command = importlib.import_module("inference.__main__")
+    uploaded = tmp_path / "model"
+    monkeypatch.setattr(command, "MODEL_TARBALL", uploaded)
+    assert command.default_weights() == command.BUNDLED
+    uploaded.mkdir()
+    (uploaded / ".keep").touch()
+    assert command.default_weights() == command.BUNDLED
+    (uploaded / "my-ensemble").mkdir()
+    make_input(tmp_path / "input", sixteen())
+    ended = run_job(tmp_path / "input", tmp_path / "output", command.default_weights())
+    failed(ended, f"no ensemble.json in {uploaded}")
 
 
 def test_a_process_fails_with_one_line(tmp_path: Path) -> None:

@@ -48,11 +48,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def build(engine: str, image: str, api: str | None = None) -> None:
     """Calls build.sh where something is missing, older than its sources, or labelled otherwise than `api`.
 
-    Raises: RuntimeError when it fails.
+    An image that was built with another ensemble keeps it. Raises: RuntimeError when it fails.
     """
+    command = [str(ROOT / "build.sh"), "--engine", engine]
     if engine == "docker":
-        about = engines.inspect(image)
-        sources = [ROOT / name for name in ("Dockerfile", "requirements.txt", "inference", "weights/default")]
+        about, ensemble = engines.inspect(image), bundled(image)
+        sources = [ROOT / name for name in ("Dockerfile", "requirements.txt", "inference", ensemble)]
         files = [
             file for source in sources for file in [source, *source.rglob("*.*")] if "__pycache__" not in file.parts
         ]
@@ -61,11 +62,17 @@ def build(engine: str, image: str, api: str | None = None) -> None:
             if api in (None, served.api_method(image)):
                 return
             print(f"{image} is labelled {served.api_method(image)}: building it for {api}", flush=True)
+        command += ["--ensemble", ensemble, *(["--api", api] if api else [])]
     # natively build.sh itself knows what is installed, and says nothing new when all is
-    command = [str(ROOT / "build.sh"), "--engine", engine, *(["--api", api] if api and engine == "docker" else [])]
     done = subprocess.run(command, env=os.environ | {"IMAGE": image})
     if done.returncode:
         raise RuntimeError(f"build.sh --engine {engine} failed; its message stands above")
+
+
+def bundled(image: str) -> str:
+    """The folder, below this one, of the ensemble that build.sh put into `image`, or would put there."""
+    labels = (engines.inspect(image) or {}).get("Config", {}).get("Labels") or {}
+    return labels.get("midog-lora.ensemble", "weights/default")
 
 
 def start_again(arguments: list[str] | None) -> None:
@@ -215,7 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
         findings = score(results, options.truth, options.output)
         print(*findings, sep="\n", end="\n" if findings else "")
         good = good and passed(findings)
-    ensemble = options.weights or (ROOT / "weights/default" if options.image == OUR_IMAGE else None)
+    ensemble = options.weights or (ROOT / bundled(OUR_IMAGE) if options.image == OUR_IMAGE else None)
     print(page.write_page(results, options.truth, ensemble, options.output / "report.html"))
     passes = sum(result.passed for result in results)
     where = os.path.relpath(options.output)
