@@ -93,6 +93,8 @@ def measure(backbone: str, crops: int, device: str, precision: str, repeats: int
     result["speedup"] = result["plain"]["wall"] / result["ours"]["wall"]
     result["memory_ratio"] = result["ours"]["memory"] / result["plain"]["memory"]
     result["floor_ratio"] = result["ours"]["wall"] / result["floor"]["wall"]
+    rest = result["ours"]["wall"] - result["ours"]["seconds"]["predict"]
+    result["import_budget"] = rest / parts["import torch"]  # all but the forward pass, in units of `import torch`
     if exact:
         difference = lambda a, b: float(np.abs(np.subtract(a["p_atypical"], b["p_atypical"])).max())  # noqa: E731
         result["difference_fp32"] = difference(exact, plain[0])
@@ -133,8 +135,12 @@ def show(result: dict[str, Any]) -> str:
         phases = ", ".join(f"{key} {value:.2f}" for key, value in part["seconds"].items())
         lines.append(f"{name:>6}: {part['wall']:7.2f} s{memory}  ({phases})")
     lines.append(
-        f"speedup {result['speedup']:.1f}, memory {result['memory_ratio']:.2f}, floor {result['floor_ratio']:.2f}"
+        f"speedup {result['speedup']:.1f}, memory {result['memory_ratio']:.2f}, floor {result['floor_ratio']:.2f}, "
+        f"all but predict {result['import_budget']:.2f} times import torch"
     )
+    if "difference" in result:
+        lines.append(f"largest difference of P(atypical) from the plain path: {result['difference_fp32']:.1e} in fp32, "
+                     f"{result['difference']:.1e} in {result['precision']}")  # fmt: skip
     return "\n".join(lines)
 
 

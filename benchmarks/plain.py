@@ -1,8 +1,9 @@
 """The plain path, as published containers do it: `python -m benchmarks.plain KIND FOLDER STACK OUT`.
 
 foundation: for each fold build the backbone with random initialisation, unpickle the fp32 base, merge with PEFT; then
- every crop alone through every fold, in fp32. reference: the official container's way, torchvision and timm, one
-EfficientNetV2-M from a .pth at 224 px, crops one by one. Writes seconds by phase and the probabilities as JSON.
+every crop alone through every fold, in fp32 (resized as we do it, so that the answers can be compared). reference: the
+official container's way, torchvision and timm, one EfficientNetV2-M from a .pth at 224 px, crops one by one. Writes
+seconds by phase and the probabilities as JSON.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ def main(kind: str, folder: Path, stack: Path, out: Path) -> None:
         from peft import PeftModel
 
         from inference.backbones import build
+        from inference.preprocess import Preprocess, to_batch
     tick()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = []
     if kind == "foundation":
         manifest = json.loads((folder / "ensemble.json").read_text())
-        size, mean, std = (manifest["preprocess"][key] for key in ("size", "mean", "std"))
+        preprocess = Preprocess(**manifest["preprocess"])
+        prepare = lambda page: to_batch([np.asarray(page)], preprocess)  # noqa: E731
         for number in range(len(manifest["folds"])):
             model = build(manifest["backbone"], 1, manifest["pool"])
             state = torch.load(folder.with_suffix(".pth"), map_location="cpu", weights_only=True)
@@ -40,22 +43,22 @@ def main(kind: str, folder: Path, stack: Path, out: Path) -> None:
                 PeftModel.from_pretrained(model, folder / f"fold{number}").merge_and_unload().eval().to(device)
             )
     else:
-        size, mean, std = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        chain = transforms.Compose(
+            [transforms.Resize((224, 224), transforms.InterpolationMode.BICUBIC), transforms.ToTensor(),
+             transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+        )  # fmt: skip
+        prepare = lambda page: chain(page)[None]  # noqa: E731
         model = timm.create_model("tf_efficientnetv2_m", pretrained=False, num_classes=1)
         model.load_state_dict(torch.load(folder / "reference.pth", map_location="cpu", weights_only=True))
         models.append(model.eval().to(device))
     tick()
-    prepare = transforms.Compose(
-        [transforms.Resize((size, size), transforms.InterpolationMode.BICUBIC), transforms.ToTensor(),
-         transforms.Normalize(mean, std)]
-    )  # fmt: skip
     answers = []
     with Image.open(stack) as image, torch.no_grad():
         for page in ImageSequence.Iterator(image):
-            crop = prepare(page.convert("RGB"))[None].to(device)
+            crop = prepare(page.convert("RGB")).to(device)
             answers.append([float(model(crop)[0, 0]) for model in models])
     tick()
-    p = 1 / (1 + np.exp(-np.mean(answers, axis=1)))
+    p = torch.tensor(answers, dtype=torch.float64).mean(dim=1).sigmoid()
     seconds = dict(zip(("import", "load", "predict"), np.diff(clock).round(3).tolist(), strict=True))
     device_bytes = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     out.write_text(json.dumps({"seconds": seconds, "p_atypical": p.tolist(), "device_bytes": device_bytes}))
