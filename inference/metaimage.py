@@ -11,19 +11,21 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
-from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from .errors import UserError
+
+if TYPE_CHECKING:
+    from .stack import File
 
 HEADER = 1 << 16  # bytes that a header may take; ITK writes about 300
 TYPES = {"MET_UCHAR": "u1", "MET_UCHAR_ARRAY": "u1", "MET_USHORT": "u2", "MET_USHORT_ARRAY": "u2"}
 CHUNK = 1 << 20
 
 
-def read_metaimage(path: Path, check: Callable[[int, int, int], None]) -> np.ndarray:
+def read_metaimage(path: File, check: Callable[[int, int, int], None]) -> np.ndarray:
     """Pages as uint8 or uint16 (N, H, W, C). UserError for all else; `check(pages, width, height)` may raise too."""
     with path.open("rb") as stream:
         fields = _header(path, stream)
@@ -51,7 +53,7 @@ def read_metaimage(path: Path, check: Callable[[int, int, int], None]) -> np.nda
     return np.frombuffer(data, np.dtype(dtype).newbyteorder(">" if big else "<")).reshape(shape)
 
 
-def _header(path: Path, stream: BinaryIO) -> dict[str, str]:
+def _header(path: File, stream: BinaryIO) -> dict[str, str]:
     """Keys in lower case; leaves the stream at the first byte of pixels."""
     fields: dict[str, str] = {}
     while "elementdatafile" not in fields:
@@ -79,7 +81,7 @@ def _header(path: Path, stream: BinaryIO) -> dict[str, str]:
     return fields
 
 
-def _numbers(path: Path, fields: dict[str, str], key: str, default: str = "") -> list[int]:
+def _numbers(path: File, fields: dict[str, str], key: str, default: str = "") -> list[int]:
     words = fields.get(key, default).split()
     if not 1 <= len(words) <= 6 or not all(word.isascii() and word.isdigit() and len(word) < 10 for word in words):
         raise UserError(f"{path.name} has {key} {fields.get(key, '')!r:.40}; expected positive numbers; write it again")

@@ -14,10 +14,13 @@ Bounds hold before anything is decoded: no file costs more memory or time than t
 
 from __future__ import annotations
 
+import io
+import os
 import stat
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -33,7 +36,34 @@ MAX_BYTES = 2 << 30  # of the file: what MAX_PIXELS take with four channels of 1
 MAX_SCANS = 100  # of a progressive JPEG; each costs a pass over the image, and takes ten bytes
 
 
-def read_stack(path: Path) -> list[np.ndarray]:
+@dataclass(frozen=True)
+class Blob:
+    """The content of an image file that lies in no folder, but in a table, an archive or an object store.
+
+    It answers what the readers ask of a path; `name` is for messages, and its suffix for `.mha`.
+    """
+
+    name: str
+    content: bytes
+
+    @property
+    def suffix(self) -> str:
+        return Path(self.name).suffix
+
+    def stat(self) -> os.stat_result:
+        return os.stat_result((stat.S_IFREG, 0, 0, 1, 0, 0, len(self.content), 0, 0, 0))
+
+    def open(self, mode: str = "rb") -> BinaryIO:
+        return io.BytesIO(self.content)
+
+    def read_bytes(self) -> bytes:
+        return self.content
+
+
+File = Path | Blob
+
+
+def read_stack(path: File) -> list[np.ndarray]:
     """The pages in their order, each uint8 (H, W, 3). UserError, naming the page, where one cannot be read whole."""
     try:
         status = path.stat()
@@ -66,7 +96,7 @@ def read_stack(path: Path) -> list[np.ndarray]:
 class Totals:
     """Adds up pages and pixels, and refuses what is too large."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: File) -> None:
         self.name, self.pixels = path.name, 0
 
     def add(self, page: int, width: int, height: int, pages: int = 1) -> None:
@@ -84,7 +114,7 @@ class Totals:
             )
 
 
-def _decode(path: Path, kind: str, count: int) -> list[np.ndarray]:
+def _decode(path: File, kind: str, count: int) -> list[np.ndarray]:
     """The first `count` pages, through Pillow."""
     from PIL import Image, ImageFile
 
@@ -95,7 +125,7 @@ def _decode(path: Path, kind: str, count: int) -> list[np.ndarray]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a damaged tag is Pillow's to report and ours to judge; stderr stays empty
         try:
-            with Image.open(path, formats=(kind,)) as image:
+            with Image.open(path if isinstance(path, Path) else path.open(), formats=(kind,)) as image:
                 for page in range(count):
                     image.seek(page)
                     totals.add(page, *image.size)
@@ -111,7 +141,7 @@ def _decode(path: Path, kind: str, count: int) -> list[np.ndarray]:
     return pages
 
 
-def _to_rgb(path: Path, page: int, image: Image.Image) -> np.ndarray:
+def _to_rgb(path: File, page: int, image: Image.Image) -> np.ndarray:
     """One page of a Pillow image as uint8 (H, W, 3)."""
     from PIL import Image
 
@@ -141,7 +171,7 @@ def from_array(pixels: np.ndarray, where: str) -> np.ndarray:
     return np.array(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
 
 
-def _read_metaimage(path: Path) -> list[np.ndarray]:
+def _read_metaimage(path: File) -> list[np.ndarray]:
     from .metaimage import read_metaimage
 
     totals = Totals(path)

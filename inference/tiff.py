@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from .errors import UserError
+
+if TYPE_CHECKING:
+    from .stack import File
 
 MAX_TAGS = 1024  # of one page
 MAX_SEGMENTS = 1 << 18  # strips or tiles of all pages
@@ -60,7 +62,7 @@ class Damaged(Exception):
     """What is wrong with the page at hand."""
 
 
-def check_tiff(path: Path, check: Callable[[int, int, int], None]) -> int:
+def check_tiff(path: File, check: Callable[[int, int, int], None]) -> int:
     """The number of pages of a file that is whole. UserError names the first page that is not, or is not supported.
 
     `check(pages so far, width, height)` may raise its own for the page at hand. Sub-IFDs are not pages and not visited.
@@ -97,7 +99,7 @@ def check_tiff(path: Path, check: Callable[[int, int, int], None]) -> int:
     return len(seen)
 
 
-def _first(path: Path, stream: BinaryIO) -> tuple[int, tuple[str, bool]]:
+def _first(path: File, stream: BinaryIO) -> tuple[int, tuple[str, bool]]:
     """Offset of the first directory, and (byte order, whether it is a BigTIFF)."""
     header = stream.read(16)
     order = {b"II": "<", b"MM": ">"}.get(header[:2], "")
