@@ -23,20 +23,28 @@ if TYPE_CHECKING:
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """(G, ..., C) to (G, ..., O); with a weight per fold (F, O, C) to (F, ..., O), whatever G is.
 
-    One product per fold: on the CPU a batched one runs each fold on fewer cores.
+    One product per fold, each into its place: on the CPU a batched one runs each fold on fewer cores.
     """
     if weight.ndim == 2:
         return F.linear(x, weight, bias)
-    biases = [bias] * len(weight) if bias is None or bias.ndim == 1 else bias
-    return torch.stack([F.linear(x[f % len(x)], weight[f], biases[f]) for f in range(len(weight))])
+    out = x.new_empty(len(weight), *x.shape[1:-1], weight.shape[1])
+    for f, rows in enumerate(out.flatten(1, -2)):
+        columns, biases = x[f % len(x)].flatten(0, -2), bias if bias is None or bias.ndim == 1 else bias[f]
+        if biases is None:
+            torch.mm(columns, weight[f].mT, out=rows)
+        else:
+            torch.addmm(biases, columns, weight[f].mT, out=rows)
+    return out
 
 
-def conv2d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int, groups: int) -> torch.Tensor:
+def conv2d(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int, padding: int = 0, groups: int = 1
+) -> torch.Tensor:
     """(G, B, C, H, W) to (G, B, O, H', W'); with a weight per fold (F, O, C, K, K) to (F, B, O, H', W')."""
     if weight.ndim == 4:
-        return F.conv2d(x.flatten(0, 1), weight, bias, stride, groups=groups).unflatten(0, x.shape[:2])
+        return F.conv2d(x.flatten(0, 1), weight, bias, stride, padding, groups=groups).unflatten(0, x.shape[:2])
     return torch.stack(
-        [F.conv2d(x[f % len(x)], kernel, bias, stride, groups=groups) for f, kernel in enumerate(weight)]
+        [F.conv2d(x[f % len(x)], kernel, bias, stride, padding, groups=groups) for f, kernel in enumerate(weight)]
     )
 
 
@@ -140,7 +148,7 @@ def vit(x: torch.Tensor, w: Weights, row: Backbone, pool: str) -> torch.Tensor:
     dinov3 = row.family == "dinov3"
     scale = ("gamma_1", "gamma_2") if dinov3 else ("ls1.gamma", "ls2.gamma")
     kernel = w["patch_embed.proj.weight"]
-    patches = conv2d(x.to(w.dtype)[None], kernel, w["patch_embed.proj.bias"], kernel.shape[-1], 1)
+    patches = conv2d(x.to(w.dtype)[None], kernel, w["patch_embed.proj.bias"], kernel.shape[-1])
     grid = patches.shape[-1]
     tokens = patches.flatten(3).mT.float()  # (G, B, T, C); the residual stream stays in fp32
     prefix = [w.fp32(name).expand(*tokens.shape[:2], -1, -1) for name in ("cls_token", "reg_token") if name in w.names]
@@ -172,10 +180,15 @@ def vit(x: torch.Tensor, w: Weights, row: Backbone, pool: str) -> torch.Tensor:
 LITE_STRIDES = (1, 2, 2, 2, 1, 2, 1)  # of each stage's first block
 
 
-def same_pad(x: torch.Tensor, kernel: int, stride: int) -> torch.Tensor:
-    """TensorFlow's SAME padding of (..., H, W), which puts the odd pixel after the image."""
-    needs = [max((math.ceil(side / stride) - 1) * stride + kernel - side, 0) for side in (x.shape[-1], x.shape[-2])]
-    return F.pad(x, [part for need in needs for part in (need // 2, need - need // 2)]) if any(needs) else x
+def same_pad(x: torch.Tensor, kernel: int, stride: int) -> tuple[torch.Tensor, int]:
+    """TensorFlow's SAME padding of (..., H, W, C): what is left for the convolution to pad, all round.
+
+    An odd pixel goes after the image, which a convolution cannot do; a copy is made for that alone.
+    """
+    needs = [max((math.ceil(side / stride) - 1) * stride + kernel - side, 0) for side in (x.shape[-2], x.shape[-3])]
+    if needs[0] == needs[1] and needs[0] % 2 == 0:
+        return x, needs[0] // 2
+    return F.pad(x, [0, 0, *(part for need in needs for part in (need // 2, need - need // 2))]), 0
 
 
 def convolution(
@@ -187,8 +200,9 @@ def convolution(
     if kernel == 1 and stride == 1:
         x = linear(x, weight[..., 0, 0], bias)
     else:  # channels-last memory, seen as (G, B, C, H, W)
-        image = same_pad(x.permute(0, 1, 4, 2, 3), kernel, stride)
-        x = conv2d(image, weight, bias, stride, image.shape[2] if depthwise else 1).permute(0, 1, 3, 4, 2)
+        x, padding = same_pad(x, kernel, stride)
+        groups = x.shape[-1] if depthwise else 1
+        x = conv2d(x.permute(0, 1, 4, 2, 3), weight, bias, stride, padding, groups).permute(0, 1, 3, 4, 2)
     return x.clamp_(0, 6) if relu6 else x
 
 
