@@ -26,7 +26,12 @@ from .manifest import load_manifest, start_hash_check  # noqa: E402
 MODEL_TARBALL = Path("/opt/ml/model")  # where the platform unpacks an uploaded model
 BUNDLED = Path(__file__).resolve().parent.parent / "weights" / "default"
 # each module has main(arguments) and is imported when it is asked for
-COMMANDS = {"score": "inference.score", "serve": "inference.serve", "doctor": "inference.doctor"}
+COMMANDS = {
+    "score": "inference.score",
+    "serve": "inference.serve",
+    "doctor": "inference.doctor",
+    "crops": "inference.slides",
+}
 
 
 def default_weights() -> Path:
