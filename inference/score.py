@@ -37,7 +37,7 @@ UNREADABLE = 3  # exit code; argparse takes 2
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m inference score", description="Score any crops.")
     add = parser.add_argument
-    add("paths", type=Path, nargs="+", metavar="PATH", help="image, folder, or CSV file with a column path")
+    add("paths", nargs="+", metavar="PATH", help="image, folder, or CSV file with a column path; with --ray more kinds")
     add("--csv", type=Path, metavar="FILE", help="write the results as they come; a file that exists is continued")
     add("--report", type=Path, metavar="FILE", help="write one HTML page with every crop")
     add("--weights", type=Path, metavar="DIR", help="ensemble folder (default: the bundled one)")
@@ -50,6 +50,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     add("--attribution", type=int, nargs="?", const=sys.maxsize, default=0, metavar="N", help=about)
     add("--title", help="of the report (default: the first path's name)")
+    ray = parser.add_argument_group("on a cluster", "instead of --csv and --report; see docs/clusters.md").add_argument
+    ray("--ray", metavar="ADDRESS", help="score on the Ray cluster there, or `local`: on all of this machine")
+    ray("--output", metavar="DIR", help="folder or URI for Parquet files of answers; a rerun goes on there")
+    ray("--workers", type=int, metavar="N", help="processes (default: one per GPU; without GPUs one per four cores)")
+    ray("--shard", type=int, default=4096, metavar="CROPS", help="what one worker takes at a time (default 4096)")
+    ray("--image", metavar="COLUMN", help="of Parquet files, the column with image bytes (default: the only one)")
     return parser.parse_args(arguments)
 
 
@@ -200,17 +206,38 @@ def summarise(run: Run, say: Callable[[str], None], seconds: float) -> None:
         say(f"{len(labels):,} labelled ({int(labels.sum()):,} atypical): {text}")
 
 
+def on_cluster(options: argparse.Namespace) -> int:
+    """The same on Ray, which only this imports."""
+    if not (options.ray and options.output):
+        given, missing = ("--ray ADDRESS", "--output DIR") if options.ray else ("--output DIR", "--ray ADDRESS")
+        raise UserError(f"{given} without {missing}; expected both; add it")
+    for name in ("csv", "report", "attribution", "title", "labels", "domains"):
+        if getattr(options, name):
+            raise UserError(f"--{name} with --ray; expected --output alone; leave it out")
+    if options.shard < 1 or (options.workers is not None and options.workers < 1):
+        raise UserError(f"--shard {options.shard}, --workers {options.workers}; expected 1 or more; mend it")
+    try:
+        from . import cluster
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed; expected what requirements-ray.txt lists; run "
+                        "./build.sh --engine native --requirements requirements-ray.txt") from None  # fmt: skip
+    return cluster.main(options)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Exit code; UserError where nothing can be done."""
     options = parse(arguments)
-    if options.attribution and not options.report:
-        raise UserError("--attribution shows its maps in a report; expected --report FILE too; add it")
-    if options.report and (options.report.is_dir() or not os.access(options.report.absolute().parent, os.W_OK)):
-        raise UserError(f"{options.report} cannot be written; expected a file in a writable folder; name another")
     if options.weights is None:
         from .__main__ import default_weights
 
         options.weights = default_weights()
+    if options.ray or options.output:
+        return on_cluster(options)
+    options.paths = [Path(path) for path in options.paths]
+    if options.attribution and not options.report:
+        raise UserError("--attribution shows its maps in a report; expected --report FILE too; add it")
+    if options.report and (options.report.is_dir() or not os.access(options.report.absolute().parent, os.W_OK)):
+        raise UserError(f"{options.report} cannot be written; expected a file in a writable folder; name another")
     start = time.perf_counter()
     manifest = load_manifest(options.weights)
     items = list_crops(options.paths, options.labels, options.domains)

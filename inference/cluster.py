@@ -1,0 +1,257 @@
+"""`python -m inference score --ray ADDRESS|local PATH... --output DIR`: the same answers from many GPUs or machines.
+
+Ray Data hands shards (inference/shards.py) to one actor per GPU. An actor loads the ensemble once, reads its shard as a
+stream, and writes the answers as one file (inference/results.py). So a finished shard is never computed again, and what
+dies costs the shards that it was working on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+# what Ray reads when it is imported: no telemetry, and no messages of its own among ours
+os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"} | os.environ
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+
+from .ensemble import Ensemble
+from .errors import UserError
+from .manifest import FILE, Manifest, check_hashes, load_manifest, sha256
+from .progress import Progress
+from .records import Chunk, read_shard
+from .results import Error, Results, answers
+from .shards import UNREADABLE, Shard, one_line, plan, source_of
+
+UNFINISHED = 3  # exit code, as for files that the local command could not read
+RETRIES = 2  # of a shard whose worker died; then it is named at the end
+SHOWN = 20  # lines about what was not scored
+Decoded = tuple[Chunk, list["Future[list[tuple[int, np.ndarray]]]"]]
+
+
+class Scorer:
+    """An actor: the ensemble, loaded with its first shard."""
+
+    def __init__(
+        self, manifest: Manifest, ensemble: str, output: str, device: str, precision: str, threads: int
+    ) -> None:
+        self.manifest, self.name, self.output = manifest, ensemble, output
+        self.device, self.precision, self.threads = device, precision, threads
+        self.ensemble: Ensemble | None = None
+
+    def load(self) -> None:
+        """UserError where this machine has not the same ensemble, or not the device."""
+        import torch
+
+        torch.set_num_threads(self.threads)
+        check_hashes([*self.manifest.files.items(), (self.manifest.base, self.manifest.base_sha256)])
+        self.ensemble = Ensemble(self.manifest, self.device, self.precision)
+        self.results = Results(self.output)
+        self.pool = ThreadPoolExecutor(max(2, self.threads))
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        """One shard, as JSON, to one row: crops, atypical, and why the whole run has to stop, if it has."""
+        shard = Shard(**json.loads(batch["shard"][0]))
+        crops = atypical = 0
+        stop = ""
+        try:
+            if self.ensemble is None:
+                self.load()
+            crops, atypical = self.score(shard)
+        except UserError as error:
+            stop = str(error)
+        except Exception as error:  # not foreseen, such as a lost GPU: another process may do better
+            traceback.print_exc()
+            self.results.note(shard.name, [(shard.shown, None, f"{type(error).__name__}: {one_line(error)}")])
+            os._exit(1)
+        return {"shard": [shard.name], "crops": [crops], "atypical": [atypical], "stop": [stop]}
+
+    def score(self, shard: Shard) -> tuple[int, int]:
+        """Crops, and how many of them are atypical. A shard that cannot be read to its end gets an error, no answers."""
+        tables: list[pa.Table] = []
+        errors: list[Error] = []
+        try:
+            for (records, metadata), futures in self.decoded(shard):
+                pages, crops, rows = [], [], []
+                for n, (record, future) in enumerate(zip(records, futures, strict=True)):
+                    try:
+                        for page, crop in future.result():
+                            pages.append((record.path, page))
+                            crops.append(crop)
+                            rows.append(n)
+                    except UserError as error:
+                        errors.append((record.path, record.page, str(error)))
+                assert self.ensemble is not None
+                prediction = self.ensemble.predict(crops) if crops else None
+                tables.append(
+                    answers(
+                        pages,
+                        prediction,
+                        self.manifest,
+                        self.name,
+                        metadata.take(rows) if metadata.num_columns else metadata,
+                    )
+                )
+        except UNREADABLE as error:
+            self.results.note(shard.name, [*errors, (shard.shown, None, one_line(error))])
+            return 0, 0
+        table = pa.concat_tables(tables, promote_options="default")
+        self.results.finish(shard.name, table, errors)
+        return len(table), sum(name == "atypical" for name in table["class"].to_pylist())
+
+    def decoded(self, shard: Shard) -> Iterator[Decoded]:
+        """Chunks with their crops to come: one is read and one decoded while the caller predicts."""
+        chunks = read_shard(shard)
+        coming = self.pool.submit(next, chunks, None)
+        waiting: Decoded | None = None
+        while (chunk := coming.result()) is not None:
+            coming = self.pool.submit(next, chunks, None)
+            following = chunk, [self.pool.submit(record.read) for record in chunk[0]]
+            if waiting:
+                yield waiting
+            waiting = following
+        if waiting:
+            yield waiting
+
+
+def connect(address: str) -> None:
+    """Join the cluster at `address`, or start one on this machine; Ray's own words stay in its log files."""
+    code = str(Path(__file__).resolve().parent)
+    settings: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.CRITICAL,
+            runtime_env={"py_modules": [code]},
+            **settings,
+        )
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        raise UserError(f"no Ray cluster at {address} ({one_line(error)}); expected one, or --ray local") from None
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.max_errored_blocks = -1  # a shard whose worker dies again and again does not stop the others
+
+
+def pool(workers: int | None, device: str) -> tuple[int, dict[str, float], int]:
+    """Workers, what each takes of a node, and its threads: one per GPU, or one per four cores where there is none."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cores, gpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU"))
+    if gpus and device != "cpu":
+        return min(workers or gpus, gpus), {"num_gpus": 1}, max(1, cores // gpus)
+    workers = workers or max(1, cores // 4)
+    threads = max(1, cores // workers)
+    while threads > 1 and sum(node.get("CPU", 0) // threads for node in nodes) < workers:
+        threads -= 1
+    if cores < workers:
+        raise UserError(f"the cluster has {cores} cores; expected one for each of {workers} workers; ask for fewer")
+    return workers, {"num_cpus": threads}, threads
+
+
+def run(
+    shards: list[Shard], scorer: tuple[Any, ...], workers: int, resources: dict[str, float]
+) -> Iterator[dict[str, Any]]:
+    """The summary of each shard that was worked on, as they come; UserError where the run has to stop."""
+    rows = [{"shard": json.dumps(asdict(shard))} for shard in shards]
+    summaries = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        Scorer,
+        fn_constructor_args=scorer,
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
+        max_restarts=-1,
+        max_task_retries=RETRIES,
+        **resources,
+    )
+    for row in summaries.iter_rows():
+        if row["stop"]:
+            raise UserError(row["stop"])
+        yield row
+
+
+def main(options: argparse.Namespace) -> int:
+    """Exit code, as of the local command; UserError where nothing can be done."""
+    start = time.perf_counter()
+    manifest = load_manifest(options.weights.resolve())
+    ensemble = sha256(manifest.folder / FILE)[:12]
+    output = options.output if "://" in options.output else str(Path(options.output).absolute())
+    shards, failed = plan(options.paths, options.shard, options.image)
+    results = Results(output)
+    results.claim({"ensemble": ensemble, "shard": options.shard})
+    todo = unfinished(results, shards, failed)
+    crops = atypical = 0
+    progress = Progress(len(todo), "shards")
+    try:
+        if todo:
+            connect(options.ray)
+            workers, resources, threads = pool(options.workers, options.device)
+            scorer = (manifest, ensemble, output, options.device, options.precision, threads)
+            progress.show(0, 0, 0)
+            for number, row in enumerate(run(todo, scorer, workers, resources), 1):
+                crops, atypical = crops + row["crops"], atypical + row["atypical"]
+                progress.show(number, number, crops)
+    except KeyboardInterrupt:
+        progress.clear()
+        print(f"stopped after {crops:,} new crops; the same command goes on from there", file=sys.stderr)
+        return 130
+    finally:
+        progress.clear()
+        ray.shutdown()
+    seconds = time.perf_counter() - start
+    known = f", {len(shards) - len(todo):,} known already" if len(todo) < len(shards) else ""
+    print(f"{crops:,} crops ({atypical:,} atypical) in {len(todo):,} shards{known}, {seconds:.1f} s", flush=True)
+    return report(results, todo, [*(shard.name for shard in shards), *failed])
+
+
+def unfinished(results: Results, shards: Sequence[Shard], failed: dict[str, tuple[str, str]]) -> list[Shard]:
+    """The shards without answers. UserError where a source has answers from a time when it had another content."""
+    names = {shard.name for shard in shards} | set(failed)
+    sources = {source_of(shard.name): shard.shown for shard in shards}
+    done = results.shards()
+    for name in sorted(done - names):
+        if source_of(name) in sources:
+            shown = sources[source_of(name)]
+            raise UserError(
+                f"{shown} has changed since {name} was scored; expected it as it was; name another --output"
+            )
+    for name in results.shards("/_errors") - names:
+        if source_of(name) in sources:
+            results.forget(name)
+    for name, (shown, reason) in failed.items():
+        results.note(name, [(shown, None, reason)])
+    return [shard for shard in shards if shard.name not in done]
+
+
+def report(results: Results, todo: Sequence[Shard], names: Sequence[str]) -> int:
+    """Name what was not scored, in this run or one before; exit code."""
+    done, noted = results.shards(), results.shards("/_errors")
+    for shard in todo:
+        if shard.name not in done | noted:
+            results.note(shard.name, [(shard.shown, None, f"its worker died {RETRIES + 1} times")])
+            noted.add(shard.name)
+    total, lost = 0, sum(name not in done for name in names)
+    for name in names:
+        for path, page, reason in results.errors(name) if name in noted else ():
+            total += 1
+            if total <= SHOWN:
+                where = path if page is None else f"{path}, page {page}"
+                print(f"not scored: {where}: {reason}", file=sys.stderr)
+    if not total:
+        return 0
+    shards = f", {lost:,} of {len(names):,} shards have no answers" if lost else ""
+    print(f"{total:,} not scored, each in {results.folder}/_errors{shards}", file=sys.stderr)
+    return UNFINISHED
