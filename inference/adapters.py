@@ -167,9 +167,9 @@ def _ends(layer: str) -> list[int]:
     return [0, *(at + 1 for at, letter in enumerate(layer) if letter == ".")]
 
 
-def fused(base: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """base + scale * B A in fp32, for linear (O, I) and convolution (O, I, K, K) weights alike."""
-    return torch.addmm(base.flatten(1), b.flatten(1), a.flatten(1), alpha=scale).view(base.shape)
+def fuse(base: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
+    """base += scale * B A, for linear (O, I) and convolution (O, I, K, K) weights in fp32 alike."""
+    base.flatten(1).addmm_(b.flatten(1), a.flatten(1), alpha=scale)
 
 
 class Weights:
@@ -227,19 +227,32 @@ class Weights:
         """In fp32, with a fold axis where an adapter changes it."""
         if name in ("head.weight", "head.bias"):
             return torch.stack([getattr(adapter, name.replace(".", "_")) for adapter in self.adapters]).to(self.device)
-        base = self._read(name).float()
-        if name not in self.adapted:
-            return base
-        pairs = [(adapter.lora.get(name.removesuffix(".weight")), adapter.scale) for adapter in self.adapters]
-        return torch.stack(
-            [fused(base, ab[0].to(self.device), ab[1].to(self.device), scale) if ab else base for ab, scale in pairs]
-        )
+        return self._fused(name, torch.float32) if name in self.adapted else self._read(name).float()
+
+    def _fused(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """All folds (F, ...) of an adapted tensor: each fused in fp32 and rounded once, into its place.
+
+        The memory to fuse in is kept: fresh pages of it for every layer took longer than the arithmetic.
+        """
+        base = self._read(name)
+        out = torch.empty(len(self.adapters), *base.shape, dtype=dtype, device=self.device)
+        if ("scratch", base.shape) not in self._kept:
+            self._kept["scratch", base.shape] = torch.empty(base.shape, device=self.device)
+        for place, adapter in zip(out, self.adapters, strict=True):
+            exact = place if dtype == torch.float32 else self._kept["scratch", base.shape]
+            exact.copy_(base)
+            if name.removesuffix(".weight") in adapter.lora:
+                a, b = adapter.lora[name.removesuffix(".weight")]
+                fuse(exact, a.to(self.device), b.to(self.device), adapter.scale)
+            if exact is not place:
+                place.copy_(exact)
+        return out
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """In the computing precision."""
         if name not in self._kept:
-            direct = name in self.names and name not in self.adapted
-            self._kept[name] = (self._read(name) if direct else self._exact(name)).to(self.dtype)
+            adapted = name in self.adapted
+            self._kept[name] = self._fused(name, self.dtype) if adapted else self._read(name).to(self.dtype)
         return self._kept[name]
 
     def get(self, name: str) -> torch.Tensor | None:

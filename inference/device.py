@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 from pathlib import Path
 
@@ -16,6 +18,14 @@ DEVICES = ("auto", "cuda", "cpu")
 def gpu_is_present() -> bool:
     """Whether this machine shows an NVIDIA device, whatever PyTorch can do with it."""
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/proc/driver/nvidia/gpus").is_dir()
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed: fresh pages cost a millisecond a megabyte, and every layer would ask for them."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
 
 
 def choose_device(asked: str) -> torch.device:

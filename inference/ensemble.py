@@ -12,14 +12,13 @@ import torch
 
 from .adapters import Weights
 from .backbones import lookup
-from .device import DTYPES, choose_device, choose_precision
+from .device import DTYPES, choose_device, choose_precision, keep_freed_memory
 from .errors import UserError
 from .manifest import Manifest, check_hashes, load_manifest
 from .models import logits
 from .preprocess import TTA_VIEWS, Preprocess, to_batch, views
 
-# Bytes of the widest layer's activations in one pass. A GPU is full long before; on the CPU a larger result would leave
-# the caches, and be mapped and faulted in anew each time (glibc keeps up to 32 MiB at hand).
+# Bytes of the widest layer's activations in a pass. A GPU is busy long before; on the CPU larger ones leave the caches.
 WIDEST = {"cuda": 96 << 20, "cpu": 32 << 20}
 
 
@@ -56,6 +55,8 @@ class Ensemble:
         self.row = lookup(manifest.backbone)
         self.device = choose_device(device)
         self.precision = choose_precision(precision, self.device, manifest.precision, self.row.fp16_safe)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.preprocess = Preprocess(**manifest.preprocess)
         self.recomputed = 0  # crops whose logits were not finite in the chosen precision
         self.seconds = {"read": 0.0, "forward": 0.0}
