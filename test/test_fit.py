@@ -5,9 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -222,36 +219,6 @@ def test_precisions_that_cannot_be(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="fp16 needs a GPU"):
         make_accelerator(recipe("precision=fp16"))
-
-
-@pytest.mark.slow
-def test_two_processes_take_the_steps_of_one(data, tmp_path):
-    """Batches of three over two processes: shares of two crops and one."""
-    AcceleratorState._reset_state()
-    settings = ["size=32", "crop=0", "targets=late", "rank=2", "epochs=2", "batch=3", "folds=2", "precision=fp32"]
-    common = ["fit", "--data", str(data.table), "--base", str(data.base), "--fold", "0"]
-    common += [word for change in settings for word in ("--set", change)]
-    assert main([*common, "--run", str(tmp_path / "one")]) == 0
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "training"]
-    done = subprocess.run(
-        [*launch, *common, "--run", str(tmp_path / "two")],
-        cwd=Path(__file__).resolve().parents[1],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (load_file(tmp_path / name / "fold0" / "adapter_model.safetensors") for name in ("one", "two"))
-    assert same(one, two, 1e-4)
 
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "ami-br"

@@ -15,19 +15,14 @@ from inference.preprocess import to_batch
 from .augment import augment, mixup
 from .data import Crop, load_data
 from .feed import canvases, generator, load_crops
+from .fit import add_inputs
 from .recipe import Recipe, load_recipe
 
 GAP = 2  # pixels between pictures
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", default="default", help="a name in training/recipes or a .toml file")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting of the recipe"
-    )
-    parser.add_argument(
-        "--data", type=Path, action="append", required=True, help="a data set's folder or CSV; repeatable"
-    )
+    add_inputs(parser)
     parser.add_argument(
         "--output", type=Path, default=Path("augmented.png"), help="PNG to write (default augmented.png)"
     )

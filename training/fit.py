@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,13 +20,15 @@ from inference.manifest import BASES
 from .data import Crop, describe, load_data
 from .feed import load_crops
 from .loop import fit_fold
+from .processes import die_with_parent, fit_in_parallel, on_main, say
 from .recipe import Recipe, load_recipe
 from .splits import read_split, split, write_split
 
 __all__ = ["configure", "fit", "fit_fold", "load_crops", "prepare", "run"]
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
+def add_inputs(parser: argparse.ArgumentParser) -> None:
+    """The options that every command on a recipe and data takes."""
     parser.add_argument("--recipe", default="default", help="a name in training/recipes or a .toml file")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting of the recipe"
@@ -32,18 +36,52 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", type=Path, action="append", required=True, help="a data set's folder or CSV; repeatable"
     )
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add_inputs(parser)
     parser.add_argument("--run", type=Path, help="run folder (default runs/<recipe>)")
     parser.add_argument("--base", type=Path, help="base weights (default weights/bases/<backbone>.safetensors)")
     parser.add_argument("--fold", type=int, action="append", help="only this fold; repeatable")
+    parser.add_argument(
+        "--parallel", type=int, default=1, metavar="N", help="folds at once, each on a GPU of its own (default 1)"
+    )
+    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # the process that --parallel is in
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.parent:
+        die_with_parent()
+        if os.getppid() != options.parent:  # it was gone already
+            raise SystemExit(1)
     recipe = load_recipe(options.recipe, options.set)
     folder = options.run or Path("runs") / Path(options.recipe).stem
     base = find_base(recipe, options.base)
+    if options.parallel != 1:
+        return run_parallel(options, recipe, folder, base)
     accelerator = make_accelerator(recipe)
-    crops = load_data(options.data, accelerator.print)
+    crops = load_data(options.data, lambda line: None if options.parent else say(accelerator, line))
     fit(recipe, folder, crops, load_crops(crops), base, accelerator, options.fold)
+
+
+def run_parallel(options: argparse.Namespace, recipe: Recipe, folder: Path, base: Path) -> None:
+    """The folds in processes of their own. This one prepares the run folder and holds no image and no model."""
+    if options.parallel < 1:
+        raise UserError(f"--parallel {options.parallel}; expected the number of folds at once, 1 or more")
+    if "LOCAL_RANK" in os.environ:
+        raise UserError(
+            "--parallel under a launcher of several processes; expected one or the other; start the launcher once for "
+            "each fold, with --fold and without --parallel"
+        )
+    crops = load_data(options.data)
+    numbers = choose(write_run(folder, recipe, crops), options.fold)
+    left = [number for number in numbers if not (folder / f"fold{number}" / "oof.npz").exists()]
+    if len(left) < len(numbers):
+        print(f"finished: {len(numbers) - len(left)} of {len(numbers)} folds")
+    words = {"--recipe": [options.recipe], "--set": options.set, "--data": options.data, "--run": [folder],
+             "--base": [base]}  # fmt: skip
+    if left:
+        fit_in_parallel(left, options.parallel, [f"{k}={v}" for k, values in words.items() for v in values])
 
 
 def fit(
@@ -52,14 +90,19 @@ def fit(
 ) -> None:  # fmt: skip
     """All folds of a run, or `only` those numbers; finished ones are kept."""
     fold = prepare(folder, recipe, crops, accelerator)
+    for number in choose(fold, only):
+        fit_fold(recipe, crops, images, fold, number, folder, base, accelerator)
+
+
+def choose(fold: np.ndarray, only: Sequence[int] | None) -> Sequence[int]:
+    """The numbers of a split's folds, or `only` those; UserError where one is not of this split."""
     numbers = sorted(set(fold.tolist()))
     for number in only or numbers:
         if number not in numbers:
             raise UserError(
                 f"fold {number} is not one of this split's ({numbers[0]} to {numbers[-1]}); choose one of them"
             )
-    for number in only or numbers:
-        fit_fold(recipe, crops, images, fold, number, folder, base, accelerator)
+    return only or numbers
 
 
 def find_base(recipe: Recipe, asked: Path | None) -> Path:
@@ -78,24 +121,34 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         raise UserError(f"recipe: precision {recipe.precision!r} is not known; expected one of {', '.join(known)}")
     if recipe.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("recipe: precision fp16 needs a GPU and found none; use --set precision=bf16")
+    if "LOCAL_RANK" in os.environ:  # one of a launcher's processes
+        die_with_parent()
     return Accelerator(mixed_precision="no" if recipe.precision == "fp32" else recipe.precision)
 
 
 def prepare(folder: Path, recipe: Recipe, crops: Sequence[Crop], accelerator: Accelerator) -> np.ndarray:
-    """The folds of the run folder, written with recipe and data if it is new; UserError where it is another run's."""
-    settings = json.dumps(dataclasses.asdict(recipe), indent=1) + "\n"
-    data = json.dumps(describe(crops), indent=1) + "\n"
-    table = folder / "split.csv"
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        for file, content in ((folder / "recipe.json", settings), (folder / "data.json", data)):
-            if file.exists() and file.read_text() != content:
+    """The folds of the run folder in every process; see `write_run`."""
+    return on_main(accelerator, lambda: write_run(folder, recipe, crops))
+
+
+def write_run(folder: Path, recipe: Recipe, crops: Sequence[Crop]) -> np.ndarray:
+    """The folds of the run folder, written with recipe and data if it is new; UserError where it is another run's.
+
+    Each file appears whole or not at all, and comes out the same for all, so jobs of one run may start at once.
+    """
+    contents = {"recipe.json": dataclasses.asdict(recipe), "data.json": describe(crops)}
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial", dir=folder) as partial:
+        for name, content in contents.items():
+            file, new = folder / name, Path(partial) / name
+            new.write_text(json.dumps(content, indent=1) + "\n")
+            if file.exists() and file.read_text() != new.read_text():
                 raise UserError(
                     f"{file} differs from this call; expected the same run to go on; choose another --run folder"
                 )
-        if not table.exists():
-            write_split(table, crops, split(crops, recipe.split, recipe.folds, recipe.seed))
-        (folder / "recipe.json").write_text(settings)
-        (folder / "data.json").write_text(data)
-    accelerator.wait_for_everyone()
-    return read_split(table, crops)
+        if not (folder / "split.csv").exists():
+            write_split(Path(partial) / "split.csv", crops, split(crops, recipe.split, recipe.folds, recipe.seed))
+        for new in Path(partial).iterdir():
+            if not (folder / new.name).exists():
+                os.replace(new, folder / new.name)
+    return read_split(folder / "split.csv", crops)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from inference.backbones import lookup
@@ -34,6 +34,7 @@ from .log import Log, save_atomically
 from .lora import freeze_statistics, lora_model, store_base_as, trainable
 from .losses import focal
 from .metrics import roc_auc
+from .processes import on_main, say
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -74,16 +75,19 @@ def predict(
     model: torch.nn.Module, crops: Sequence[np.ndarray], preprocess: Preprocess, tta: str, accelerator: Accelerator,
     views_at_once: int = 512,
 ) -> torch.Tensor:  # fmt: skip
-    """Logits (V, N) in fp32 of crops, each uint8 (H, W, 3)."""
+    """Logits (V, N) in fp32 of crops, each uint8 (H, W, 3); every process computes its share and gets all."""
     model.eval()
-    logits = []
-    size = max(1, min(64, views_at_once // TTA_VIEWS[tta]))
-    for start in range(0, len(crops), size):
-        chunk = to_batch(crops[start : start + size], preprocess).to(accelerator.device)
+    logits = torch.empty(TTA_VIEWS[tta], len(crops))
+    size, world = max(1, min(64, views_at_once // TTA_VIEWS[tta])), accelerator.num_processes
+    mine = [torch.empty(TTA_VIEWS[tta], 0)]
+    for start in range(accelerator.process_index, len(crops), size * world):
+        chunk = to_batch(crops[start : start + size * world : world], preprocess).to(accelerator.device)
         with accelerator.autocast():
             out = model(views(chunk, tta))
-        logits.append(out.float().view(TTA_VIEWS[tta], len(chunk)).cpu())
-    return torch.cat(logits, dim=1)
+        mine.append(out.float().view(TTA_VIEWS[tta], len(chunk)).cpu())
+    for rank, share in enumerate(gather_object([torch.cat(mine, dim=1)])):
+        logits[:, rank::world] = share
+    return logits
 
 
 def state_of(model: torch.nn.Module) -> State:
@@ -115,15 +119,23 @@ def fit_fold(
 ) -> None:  # fmt: skip
     """Train fold `number` in `folder`/fold<number>, or go on where it stopped; nothing where it is finished."""
     out = folder / f"fold{number}"
-    if (out / "oof.npz").exists():
-        return
-    if accelerator.num_processes > min(recipe.batch, int((fold != number).sum())):
-        raise UserError(
-            f"{accelerator.num_processes} processes share batches of {recipe.batch}; expected fewer processes"
-        )
-    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = out / "checkpoint.pt"
     train = np.flatnonzero(fold != number).tolist()
     held_out = np.flatnonzero(fold == number).tolist()
+
+    def look() -> tuple[bool, dict[str, Any] | None]:
+        """Whether the fold is finished, and its checkpoint."""
+        world, batch = accelerator.num_processes, min(recipe.batch, len(train))
+        if world > batch:
+            raise UserError(f"{world} processes share batches of {batch} crops; expected no more of them than crops")
+        out.mkdir(parents=True, exist_ok=True)
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True) if checkpoint.exists() else None
+        return (out / "oof.npz").exists(), saved
+
+    finished, saved = on_main(accelerator, look)
+    if finished:
+        say(accelerator, f"fold {number}: finished")
+        return
     train_crops, held_out_images = [crops[n] for n in train], [images[n] for n in held_out]
     labels = np.array([crops[n].label for n in held_out])
     canvas = canvases([images[n] for n in train], recipe.crop)
@@ -144,19 +156,21 @@ def fit_fold(
     if accelerator.scaler:  # fp16: the scale that an earlier fold reached must not reach into this one
         accelerator.scaler.load_state_dict(torch.amp.grad_scaler.GradScaler().state_dict())
     progress = Progress(state_of(plain), state_of(plain))
-    checkpoint = out / "checkpoint.pt"
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=accelerator.device, weights_only=True)
+    if saved:
         restore(plain, saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         if accelerator.scaler:
             accelerator.scaler.load_state_dict(saved["scaler"])
-        progress = Progress(saved["average"], saved["best_state"], saved["epoch"], saved["best"], saved["stale"])
+        average, best_state = ({name: value.to(accelerator.device) for name, value in saved[key].items()}
+                               for key in ("average", "best_state"))  # fmt: skip
+        progress = Progress(average, best_state, saved["epoch"], saved["best"], saved["stale"])
+        say(accelerator, f"fold {number} goes on after epoch {progress.epoch}/{recipe.epochs}")
     counts = trainable(plain)
     if progress.epoch == 0:
-        accelerator.print(f"fold {number}: {len(train)} crops train, {len(held_out)} validate; trainable parameters: "
-                          f"{counts['adapters']:,} in adapters, {counts['head']:,} in the head")  # fmt: skip
+        shared = f"; {accelerator.num_processes} processes share each batch" if accelerator.num_processes > 1 else ""
+        say(accelerator, f"fold {number}: {len(train)} crops train, {len(held_out)} validate; trainable parameters: "
+                         f"{counts['adapters']:,} in adapters, {counts['head']:,} in the head{shared}")  # fmt: skip
 
     def train_epoch(epoch: int) -> float:
         """One pass over the fold's training crops; the mean loss."""
@@ -205,10 +219,10 @@ def fit_fold(
         restore(plain, progress.average)
         z = predict(plain, held_out_images, preprocess, "none", accelerator, at_once)[0]
         restore(plain, current)
-        auc = broadcast_object_list([roc_auc(labels, z.numpy())])[0]  # or processes could disagree on when to stop
+        auc = roc_auc(labels, z.numpy())  # of the same logits in every process: they agree on when to stop
         progress.judge(auc)
         progress.epoch += 1
-        accelerator.print(f"fold {number} epoch {progress.epoch}/{recipe.epochs}: loss {loss:.4f}, AUC {auc:.4f}")
+        say(accelerator, f"fold {number} epoch {progress.epoch}/{recipe.epochs}: loss {loss:.4f}, AUC {auc:.4f}")
         if log is not None:
             held_out_loss = float(F.binary_cross_entropy_with_logits(z, torch.tensor(labels).float()))
             log.write(progress.epoch, {"loss": loss, "validation_loss": held_out_loss, "auc": auc,

@@ -24,8 +24,9 @@ from inference.manifest import BASES
 from .calibrate import OutOfFold, calibrate, calibrated, read_out_of_fold
 from .data import load_data
 from .feed import load_crops
-from .fit import find_base, fit, make_accelerator
+from .fit import add_inputs, find_base, fit, make_accelerator
 from .metrics import scores
+from .processes import say
 from .recipe import Recipe, load_recipe
 from .splits import KINDS
 
@@ -34,13 +35,7 @@ COLUMNS = ("backbone", "split", "rank", "trainable", "folds", "balanced_accuracy
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data", type=Path, action="append", required=True, help="a data set's folder or CSV; repeatable"
-    )
-    parser.add_argument("--recipe", default="default", help="what all combinations share: a name or a .toml file")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting of the recipe"
-    )
+    add_inputs(parser)
     parser.add_argument("--rank", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--split", nargs="+", choices=KINDS, default=["random", "grouped"])
     parser.add_argument("--backbone", nargs="+", help="default: all that have weights in --bases")
@@ -63,16 +58,16 @@ def run(options: argparse.Namespace) -> None:
         name: find_base(variant(shared, name, "grouped", 1), options.bases / f"{name}.safetensors") for name in names
     }
     accelerator = make_accelerator(shared)
-    crops = load_data(options.data, accelerator.print)
+    crops = load_data(options.data, lambda line: say(accelerator, line))
     images = load_crops(crops)
     rows: list[dict[str, Any]] = []
     for number, (name, recipe) in enumerate(recipes.items(), 1):
-        accelerator.print(f"{number} of {len(recipes)}: {name}")
+        say(accelerator, f"{number} of {len(recipes)}: {name}")
         fit(recipe, options.run / name, crops, images, bases[recipe.backbone], accelerator)
         if accelerator.is_main_process:
             rows.append(summarise(options.run / name, recipe))
             write_tables(options.run, rows, options.recipe)
-    accelerator.print(f"{options.run / 'sweep.md'} and sweep.csv: {len(recipes)} runs")
+    say(accelerator, f"{options.run / 'sweep.md'} and sweep.csv: {len(recipes)} runs")
 
 
 def variant(shared: Recipe, backbone: str, split: str, rank: int) -> Recipe:
