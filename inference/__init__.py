@@ -1,3 +1,9 @@
 """Fused LoRA ensembles for atypical mitotic figures: what runs inside the container."""
 
+import os
+
 __version__ = "0.1.0"
+
+# Read when PyTorch is loaded. Its threads else spin for milliseconds after every layer: nothing is gained by that on an
+# idle machine, and a factor of ten is lost where another process wants the cores.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
