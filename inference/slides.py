@@ -81,12 +81,15 @@ def claimed(output: Path, settings: dict[str, object]) -> Iterator[None]:
         except OSError:
             pass  # a file system without locks
         stream.seek(0)
-        found, wanted = stream.read(), json.dumps(settings, ensure_ascii=False)
-        if found and found != wanted:
-            raise UserError(f"{output} holds crops of {found:.300}; expected {wanted}; name another folder")
-        if not found:
-            stream.write(wanted)
-            stream.flush()
+        text = stream.read()
+        found = json.loads(text) if text else settings
+        if found["slide_mpp"] is None:  # then nothing was cut from the slides that it is for
+            found["slide_mpp"] = settings["slide_mpp"]
+        if found != settings:
+            raise UserError(f"{output} holds crops of {found}; expected {settings}; name another folder")
+        stream.truncate(0)
+        stream.write(json.dumps(settings, ensure_ascii=False))
+        stream.flush()
         yield
 
 
@@ -136,7 +139,7 @@ class Run:
         slide = open_slide(file)
         level = choose_level(slide, self.options.mpp, self.options.slide_mpp)
         if min(level.scale) < 1:
-            self.coarse.append(f"{missing[0].slide} by {1 / min(level.scale):.3g}")
+            self.coarse.append(f"{missing[0].slide} (by {1 / min(level.scale):.3g})")
         for start in range(0, len(missing), CHUNK):
             some, broken = missing[start : start + CHUNK], False
             errors = self.pool.map(partial(self.attempt, slide, level), some)
@@ -193,7 +196,7 @@ def main(arguments: Sequence[str]) -> int:
                     run.cut(folder / name, some)
                 except UserError as error:
                     rest = set(some) - run.done - run.failed
-                    run.complain(f"{name} ({len(rest):,} detections): {error}", rest)
+                    run.complain(f"{name} ({len(rest):,} detection{'s' * (len(rest) > 1)}): {error}", rest)
             run.progress.clear()
             if not run.done:
                 raise UserError(
@@ -210,8 +213,8 @@ def main(arguments: Sequence[str]) -> int:
     twice = f", {len(rows) - len(detections):,} detections listed twice" if len(rows) > len(detections) else ""
     print(f"{table}: {len(run.done):,} crops{known}{twice}, {time.perf_counter() - start:.1f} s")
     if run.coarse:
-        print(f"note: {len(run.coarse):,} slides have less detail than {options.mpp:g} µm/px; their crops are enlarged "
-              f"and blurred ({run.coarse[0]})")  # fmt: skip
+        print(f"note: slides with less detail than {options.mpp:g} µm/px: {len(run.coarse):,}, such as {run.coarse[0]};"
+              " their crops are enlarged, and blurred")  # fmt: skip
     if run.failed or problems:
         count = len(run.failed) + len(problems)
         print(f"{count:,} of {len(rows) + len(problems):,} detections could not be cut", file=sys.stderr)

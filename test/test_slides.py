@@ -162,11 +162,21 @@ def test_scanners_own_pixels_near_the_wanted_size_are_not_resampled(mpp, drawn, 
 def test_a_coarser_slide_is_enlarged_and_said_to_be(drawn, tmp_path, capsys) -> None:
     write_slide(tmp_path / "s.tif", [halves(drawn)], 0.5)
     assert run(tmp_path, [["s.tif", 350, 150.5]]) == 0
-    assert "1 slides have less detail than 0.25 µm/px" in capsys.readouterr().out
+    assert "slides with less detail than 0.25 µm/px: 1, such as s.tif (by 2)" in capsys.readouterr().out
     error = crop(tmp_path, "s.tif/350_150.5.png").astype(float) - drawn[237:365, 636:764]
     assert np.abs(error).mean() < 5  # what halving lost
     shifted = crop(tmp_path, "s.tif/350_150.5.png").astype(float) - drawn[238:366, 637:765]
     assert np.abs(error).mean() < np.abs(shifted).mean()
+
+
+@pytest.mark.parametrize("mpp", [0.1, 0.5])
+def test_a_resampled_crop_is_the_middle_of_a_larger_one(mpp, drawn, tmp_path) -> None:
+    write_slide(tmp_path / "s.tif", [drawn], mpp)
+    for side in (128, 160):
+        (tmp_path / str(side)).mkdir()
+        assert run(tmp_path / str(side), [["s.tif", 700, 500]], "--slides", tmp_path, "--side", side) == 0
+    small, large = (crop(tmp_path / side, "s.tif/700_500.png").astype(int) for side in ("128", "160"))
+    assert np.abs(small - large[16:144, 16:144]).max() <= 1  # the outermost pixels too
 
 
 def test_beyond_the_border_is_black_as_in_the_training_data(slide, drawn, tmp_path) -> None:
@@ -200,13 +210,13 @@ def test_what_cannot_be_cut_is_named_and_the_rest_goes_on(slide, tmp_path, capsy
         ([slide, 5, "1e300"], "line 9: y is '1e300'"),
         (["", 5, 5], "slide is empty"),
         ([slide, 5], "line 11: it has 2 fields; expected 3"),
-        (["gone.svs", 5, 5], "gone.svs (1 detections): cannot be opened (No such file or directory)"),
+        (["gone.svs", 5, 5], "gone.svs (1 detection): cannot be opened (No such file or directory)"),
         (["a\0b.svs", 5, 5], "cannot be opened (embedded null byte)"),
         (["n" * 300, 5, 5], "cannot be opened (File name too long)"),
-        (["broken.tif", 5, 5], "broken.tif (1 detections): cannot be read by OpenSlide"),
+        (["broken.tif", 5, 5], "broken.tif (1 detection): cannot be read by OpenSlide"),
         (["plain.tif", 5, 5], "plain.tif (2 detections): it states no µm/px; expected 0.05 to 5.0; give --slide-mpp"),
         (["plain.tif", 6, 5], ""),
-        (["dpi.tif", 5, 5], "dpi.tif (1 detections): it states 352.778 µm/px"),
+        (["dpi.tif", 5, 5], "dpi.tif (1 detection): it states 352.778 µm/px"),
     ]
     assert run(tmp_path, [good, *(row for row, _ in bad)]) == 3
     lines = capsys.readouterr().err.splitlines()
@@ -259,7 +269,8 @@ def test_a_rerun_cuts_only_what_is_missing(slide, tmp_path, capsys) -> None:
     assert [file.read_bytes() for file in files] == whole
     assert files[2].stat().st_mtime_ns == kept.st_mtime_ns and files[2].stat().st_ino == kept.st_ino
     assert (tmp_path / "crops/crops.csv").read_bytes() == table
-    for options in (["--side", 64], ["--mpp", 0.5], ["--slide-mpp", 0.25], ["--slides", tmp_path.parent]):
+    assert run(tmp_path, rows, "--slide-mpp", 0.25) == 0  # which an earlier run may have asked for
+    for options in (["--side", 64], ["--mpp", 0.5], [], ["--slide-mpp", 0.5], ["--slides", tmp_path.parent]):
         with pytest.raises(UserError, match=r"holds crops of \{.*\}; expected .*; name another folder"):
             run(tmp_path, rows, *options)
 
@@ -358,6 +369,21 @@ def test_where_a_crop_cannot_be_written_the_run_ends_in_one_line(slide, tmp_path
     (tmp_path / "crops" / other).write_text("in the way")
     with pytest.raises(UserError, match=r"cannot write .*; run the same command again"):
         run(tmp_path, detections(slide))
+
+
+def test_a_full_disk_leaves_no_half_of_a_crop(slide, tmp_path) -> None:
+    table = write_csv(tmp_path / "found.csv", "slide,x,y", detections(slide))
+    program = (
+        "import resource, sys; from inference.__main__ import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); "
+        "sys.exit(main(['crops', *sys.argv[1:]]))"
+    )
+    command = [sys.executable, "-c", program, str(table), "--output", str(tmp_path / "crops")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "cannot write" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not pngs(tmp_path) and not (tmp_path / "crops/crops.csv").exists()
+    assert run(tmp_path, detections(slide)) == 0
+    assert len(pngs(tmp_path)) == 3 and not list((tmp_path / "crops").rglob(".*"))
 
 
 def test_without_openslide_one_line_says_how_to_get_it(tmp_path) -> None:
