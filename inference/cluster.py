@@ -8,8 +8,8 @@ dies costs the shards that it was working on.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import logging
 import os
 import sys
 import time
@@ -18,26 +18,29 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
-# what Ray reads when it is imported: no telemetry, and no messages of its own among ours
-os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"} | os.environ
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry; Ray reads it when it is imported
 
-import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
 
-from .ensemble import Ensemble
 from .errors import UserError
 from .manifest import FILE, Manifest, check_hashes, load_manifest, sha256
 from .progress import Progress
 from .records import Chunk, read_shard
 from .results import Error, Results, answers
-from .shards import UNREADABLE, Shard, one_line, plan, source_of
+from .shards import UNREADABLE, Shard, one_line, plan, resolve, source_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .ensemble import Ensemble
 
 UNFINISHED = 3  # exit code, as for files that the local command could not read
 RETRIES = 2  # of a shard whose worker died; then it is named at the end
+LOG_SECONDS = 60  # between lines where there is no terminal
 SHOWN = 20  # lines about what was not scored
 Decoded = tuple[Chunk, list["Future[list[tuple[int, np.ndarray]]]"]]
 
@@ -56,6 +59,8 @@ class Scorer:
         """UserError where this machine has not the same ensemble, or not the device."""
         import torch
 
+        from .ensemble import Ensemble
+
         torch.set_num_threads(self.threads)
         check_hashes([*self.manifest.files.items(), (self.manifest.base, self.manifest.base_sha256)])
         self.ensemble = Ensemble(self.manifest, self.device, self.precision)
@@ -73,6 +78,8 @@ class Scorer:
             crops, atypical = self.score(shard)
         except UserError as error:
             stop = str(error)
+        except OSError as error:
+            stop = f"{self.output} cannot be written ({one_line(error)}); the same command goes on when it can"
         except Exception as error:  # not foreseen, such as a lost GPU: another process may do better
             traceback.print_exc()
             self.results.note(shard.name, [(shard.shown, None, f"{type(error).__name__}: {one_line(error)}")])
@@ -80,7 +87,7 @@ class Scorer:
         return {"shard": [shard.name], "crops": [crops], "atypical": [atypical], "stop": [stop]}
 
     def score(self, shard: Shard) -> tuple[int, int]:
-        """Crops, and how many of them are atypical. A shard that cannot be read to its end gets an error, no answers."""
+        """Crops, and how many are atypical. A shard that cannot be read to its end gets an error and no answers."""
         tables: list[pa.Table] = []
         errors: list[Error] = []
         try:
@@ -106,7 +113,9 @@ class Scorer:
                     )
                 )
         except UNREADABLE as error:
-            self.results.note(shard.name, [*errors, (shard.shown, None, one_line(error))])
+            damage = f"cannot be read to its end ({one_line(error)}); expected it whole; write it again"
+            reason = str(error) if isinstance(error, UserError) else damage
+            self.results.note(shard.name, [*errors, (shard.shown, None, reason)])
             return 0, 0
         table = pa.concat_tables(tables, promote_options="default")
         self.results.finish(shard.name, table, errors)
@@ -127,28 +136,35 @@ class Scorer:
             yield waiting
 
 
+@contextlib.contextmanager
+def stderr_to_ourselves() -> Iterator[IO[str]]:
+    """The stream for our lines. What Ray writes to stderr, in Python or below it, is dropped: its log files have it."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with os.fdopen(os.dup(2), "w") as ours, open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield ours
+        finally:
+            sys.stderr.flush()
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
 def connect(address: str) -> None:
-    """Join the cluster at `address`, or start one on this machine; Ray's own words stay in its log files."""
-    code = str(Path(__file__).resolve().parent)
+    """Join the cluster at `address`, or start one on this machine. Workers get this code, whatever they have."""
     settings: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    code = {"py_modules": [str(Path(__file__).resolve().parent)]}
     try:
-        ray.init(
-            address=address,
-            log_to_driver=False,
-            logging_level=logging.CRITICAL,
-            runtime_env={"py_modules": [code]},
-            **settings,
-        )
+        ray.init(address, log_to_driver=False, runtime_env=code, **settings)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise UserError(f"no Ray cluster at {address} ({one_line(error)}); expected one, or --ray local") from None
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.max_errored_blocks = -1  # a shard whose worker dies again and again does not stop the others
+    context.max_errored_blocks = -1  # a shard whose workers died does not stop the others
 
 
-def pool(workers: int | None, device: str) -> tuple[int, dict[str, float], int]:
+def pool(workers: int | None, device: str) -> tuple[int, dict[str, Any], int]:
     """Workers, what each takes of a node, and its threads: one per GPU, or one per four cores where there is none."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cores, gpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU"))
@@ -164,9 +180,10 @@ def pool(workers: int | None, device: str) -> tuple[int, dict[str, float], int]:
 
 
 def run(
-    shards: list[Shard], scorer: tuple[Any, ...], workers: int, resources: dict[str, float]
+    shards: list[Shard], scorer: tuple[Any, ...], workers: int, resources: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """The summary of each shard that was worked on, as they come; UserError where the run has to stop."""
+    # one block, and so one task, per shard; a worker takes the next when it is done, so a death costs one shard
     rows = [{"shard": json.dumps(asdict(shard))} for shard in shards]
     summaries = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         Scorer,
@@ -190,30 +207,45 @@ def main(options: argparse.Namespace) -> int:
     ensemble = sha256(manifest.folder / FILE)[:12]
     output = options.output if "://" in options.output else str(Path(options.output).absolute())
     shards, failed = plan(options.paths, options.shard, options.image)
+    for location in options.paths:
+        if resolve(output)[1].startswith(resolve(location)[1].rstrip("/") + "/"):
+            raise UserError(
+                f"{output} lies in {location}, which is read; expected another place; name another --output"
+            )
     results = Results(output)
     results.claim({"ensemble": ensemble, "shard": options.shard})
     todo = unfinished(results, shards, failed)
     crops = atypical = 0
-    progress = Progress(len(todo), "shards")
-    try:
-        if todo:
-            connect(options.ray)
-            workers, resources, threads = pool(options.workers, options.device)
-            scorer = (manifest, ensemble, output, options.device, options.precision, threads)
-            progress.show(0, 0, 0)
-            for number, row in enumerate(run(todo, scorer, workers, resources), 1):
-                crops, atypical = crops + row["crops"], atypical + row["atypical"]
-                progress.show(number, number, crops)
-    except KeyboardInterrupt:
-        progress.clear()
-        print(f"stopped after {crops:,} new crops; the same command goes on from there", file=sys.stderr)
-        return 130
-    finally:
-        progress.clear()
-        ray.shutdown()
+    said = start
+    if todo:
+        with stderr_to_ourselves() as stream:
+            progress = Progress(len(todo), "shards", stream)
+            try:
+                connect(options.ray)
+                workers, resources, threads = pool(options.workers, options.device)
+                scorer = (manifest, ensemble, output, options.device, options.precision, threads)
+                progress.show(0, 0, 0)
+                for number, row in enumerate(run(todo, scorer, workers, resources), 1):
+                    crops, atypical = crops + row["crops"], atypical + row["atypical"]
+                    progress.show(number, number, crops)
+                    if not stream.isatty() and time.perf_counter() - said > LOG_SECONDS:
+                        said = time.perf_counter()
+                        rate = crops / (said - start)
+                        print(f"{number:,} of {len(todo):,} shards, {crops:,} crops, {rate:,.1f} crops/s", flush=True)
+            except KeyboardInterrupt:
+                progress.clear()
+                print(f"stopped after {crops:,} new crops; the same command goes on from there", file=stream)
+                return 130
+            except ray.exceptions.RayError as error:
+                raise UserError(
+                    f"the cluster failed ({one_line(error)}); the same command goes on from there"
+                ) from None
+            finally:
+                progress.clear()
+                ray.shutdown()
     seconds = time.perf_counter() - start
     known = f", {len(shards) - len(todo):,} known already" if len(todo) < len(shards) else ""
-    print(f"{crops:,} crops ({atypical:,} atypical) in {len(todo):,} shards{known}, {seconds:.1f} s", flush=True)
+    print(f"{crops:,} new crops ({atypical:,} atypical) in {len(todo):,} shards{known}, {seconds:.1f} s", flush=True)
     return report(results, todo, [*(shard.name for shard in shards), *failed])
 
 

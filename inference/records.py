@@ -77,7 +77,7 @@ def texts(rows: list[dict[str, str]]) -> pa.Table:
 
 def read_parquet(shard: Shard) -> Iterator[Chunk]:
     """A string column `path` names the crops, else the file and the row's number do."""
-    system, path, _ = resolve(shard.root)
+    system = resolve(shard.root)[0]
     with system.open_input_file(shard.path) as stream:
         # a buffer, and no fetching of whole column chunks: memory is that of some pages, whatever a row group's size
         file = pq.ParquetFile(stream, buffer_size=BUFFER, pre_buffer=False)
@@ -113,7 +113,7 @@ class WholeArchive(tarfile.TarInfo):
     def fromtarfile(cls, archive: tarfile.TarFile) -> Any:
         try:
             return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"cut off or damaged at byte {archive.offset:,} ({error})") from None
@@ -151,8 +151,8 @@ def samples(archive: tarfile.TarFile, shown: str) -> Iterator[tuple[str, dict[st
 
 
 def read_tar(shard: Shard) -> Iterator[Chunk]:
-    """WebDataset: neighbours with the same name up to its first dot are a sample; its texts are the images' metadata."""
-    system, path, _ = resolve(shard.root)
+    """WebDataset: neighbours of one name up to its first dot are a sample; its texts are the metadata of its images."""
+    system = resolve(shard.root)[0]
     records: list[Record] = []
     metadata: list[dict[str, str]] = []
     held = 0

@@ -28,6 +28,7 @@ TARS = (".tar", ".tar.gz", ".tgz")
 KINDS = (".parquet", *TARS, *SUFFIXES)
 # what reading a damaged or missing file raises
 UNREADABLE = (UserError, OSError, EOFError, zlib.error, tarfile.TarError, pa.ArrowException)
+Item = tuple[str, int | None, dict[str, str]]  # path, page (None: all), metadata
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Shard:
     name: of its files in the output, `<readable part>-<source>-<content>`
     root: the path or URI that was given, which tells the file system; path: within it; shown: how people know it
     groups: first and last row group (excluded), row: the first one's number, image: the column with the bytes
-    items: path, page (None: all) and metadata of each image file
+    items: the image files
     """
 
     name: str
@@ -48,7 +49,7 @@ class Shard:
     groups: tuple[int, int] = (0, 0)
     row: int = 0
     image: str = ""
-    items: Sequence[tuple[str, int | None, dict[str, str]]] = ()
+    items: Sequence[Item] = ()
 
 
 def resolve(location: str) -> tuple[fs.FileSystem, str, str]:
@@ -93,7 +94,7 @@ def walk(system: fs.FileSystem, folder: str) -> list[fs.FileInfo]:
 
 
 def plan(locations: Sequence[str], size: int, image: str | None) -> tuple[list[Shard], dict[str, tuple[str, str]]]:
-    """All shards of the given files, folders and tables, each once; and by name, each Parquet file that gave none and why.
+    """All shards of the given files, folders and tables, each once; and by name, Parquet files that gave none and why.
 
     size: crops of a shard (a tar stays whole, and so does a row group); image: the Parquet column with the bytes.
     UserError where a location does not exist or holds no crops.
@@ -124,7 +125,7 @@ def plan(locations: Sequence[str], size: int, image: str | None) -> tuple[list[S
         for n in range(0, len(images), size):
             part = images[n : n + size]
             name = shard_name(scheme + path, size, n, *(f"{one.path} {stamp(one)}" for one in part))
-            items = [(one.path, None, {}) for one in part]
+            items: list[Item] = [(one.path, None, {}) for one in part]
             shards.append(Shard(name, "files", location, path, scheme + path, items=items))
         for one in tars:
             shown = scheme + one.path
@@ -139,6 +140,9 @@ def plan(locations: Sequence[str], size: int, image: str | None) -> tuple[list[S
                 shards += future.result()
             except UNREADABLE as error:
                 failed[shard_name(scheme + file)] = scheme + file, one_line(error)
+    if failed and not shards:
+        file, reason = next(iter(failed.values()))
+        raise UserError(f"none of {len(failed):,} files can be read; {file}: {reason}")
     return list({shard.name: shard for shard in shards}.values()), failed
 
 
@@ -149,7 +153,7 @@ def table_shards(location: str, path: str, content: str, size: int) -> list[Shar
         rows = list(csv.DictReader(stream))
     known = next(name for name in PATH_COLUMNS if name in rows[0])
     others = [name for name in rows[0] if name not in (known, "page")]
-    entries = [
+    entries: list[Item] = [
         (item.path, item.page, {name: row[name] for name in others}) for item, row in zip(items, rows, strict=True)
     ]
     return [
