@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .ensemble import Ensemble
 
 UNFINISHED = 3  # exit code, as for files that the local command could not read
+SHARD = 4096  # crops of a shard: seconds of a GPU's work
 RETRIES = 2  # of a shard whose worker died; then it is named at the end
 LOG_SECONDS = 60  # between lines where there is no terminal
 SHOWN = 20  # lines about what was not scored
@@ -157,8 +158,9 @@ def connect(address: str) -> None:
     code = {"py_modules": [str(Path(__file__).resolve().parent)]}
     try:
         ray.init(address, log_to_driver=False, runtime_env=code, **settings)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        raise UserError(f"no Ray cluster at {address} ({one_line(error)}); expected one, or --ray local") from None
+    except Exception as error:  # of many kinds, down to a bare Exception
+        where = "Ray does not start here" if address == "local" else f"no Ray cluster answers at {address}"
+        raise UserError(f"{where} ({one_line(error)}); expected one; try again, or see docs/clusters.md") from None
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.max_errored_blocks = -1  # a shard whose workers died does not stop the others
@@ -206,14 +208,14 @@ def main(options: argparse.Namespace) -> int:
     manifest = load_manifest(options.weights.resolve())
     ensemble = sha256(manifest.folder / FILE)[:12]
     output = options.output if "://" in options.output else str(Path(options.output).absolute())
-    shards, failed = plan(options.paths, options.shard, options.image)
+    shards, failed = plan(options.paths, options.shard or SHARD, options.image)
     for location in options.paths:
         if resolve(output)[1].startswith(resolve(location)[1].rstrip("/") + "/"):
             raise UserError(
                 f"{output} lies in {location}, which is read; expected another place; name another --output"
             )
     results = Results(output)
-    results.claim({"ensemble": ensemble, "shard": options.shard})
+    results.claim({"ensemble": ensemble, "shard": options.shard or SHARD})
     todo = unfinished(results, shards, failed)
     crops = atypical = 0
     said = start

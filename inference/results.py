@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,10 +18,12 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from .contract import CLASSES
-from .ensemble import Prediction
 from .errors import UserError
 from .manifest import Manifest
 from .shards import one_line, resolve
+
+if TYPE_CHECKING:
+    from .ensemble import Prediction
 
 STORES = ("s3", "gcs", "abfs")  # an object appears when it is complete; elsewhere a rename makes it so
 ERRORS = pa.schema({"path": pa.string(), "page": pa.int32(), "reason": pa.string()})
@@ -31,7 +33,8 @@ Error = tuple[str, int | None, str]
 class Results:
     def __init__(self, location: str) -> None:
         """location: a folder or a URI; made where it does not exist."""
-        self.system, self.folder, _ = resolve(location)
+        self.system, folder, _ = resolve(location)
+        self.folder = folder.rstrip("/")
         self.rename = self.system.type_name not in STORES
         try:
             self.system.create_dir(f"{self.folder}/_errors", recursive=True)
@@ -86,7 +89,7 @@ class Results:
         if errors:
             rows = [dict(zip(ERRORS.names, error, strict=True)) for error in errors]
             self.put_table(f"_errors/{shard}", pa.Table.from_pylist(rows, ERRORS))
-        elif shard in self.shards("/_errors"):
+        elif self.system.get_file_info(f"{self.folder}/_errors/{shard}.parquet").is_file:
             self.forget(shard)
 
     def forget(self, shard: str) -> None:

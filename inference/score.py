@@ -31,13 +31,14 @@ if TYPE_CHECKING:
     from .attribution import Attribution
     from .ensemble import Ensemble
 
+PATHS = "image, folder, or CSV file with a column path; with --ray also .parquet and .tar files, and URIs of stores"
 UNREADABLE = 3  # exit code; argparse takes 2
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m inference score", description="Score any crops.")
     add = parser.add_argument
-    add("paths", nargs="+", metavar="PATH", help="image, folder, or CSV file with a column path; with --ray more kinds")
+    add("paths", nargs="+", metavar="PATH", help=PATHS)
     add("--csv", type=Path, metavar="FILE", help="write the results as they come; a file that exists is continued")
     add("--report", type=Path, metavar="FILE", help="write one HTML page with every crop")
     add("--weights", type=Path, metavar="DIR", help="ensemble folder (default: the bundled one)")
@@ -54,7 +55,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     ray("--ray", metavar="ADDRESS", help="score on the Ray cluster there, or `local`: on all of this machine")
     ray("--output", metavar="DIR", help="folder or URI for Parquet files of answers; a rerun goes on there")
     ray("--workers", type=int, metavar="N", help="processes (default: one per GPU; without GPUs one per four cores)")
-    ray("--shard", type=int, default=4096, metavar="CROPS", help="what one worker takes at a time (default 4096)")
+    ray("--shard", type=int, metavar="CROPS", help="what one worker takes at a time (default 4096)")
     ray("--image", metavar="COLUMN", help="of Parquet files, the column with image bytes (default: the only one)")
     return parser.parse_args(arguments)
 
@@ -208,14 +209,14 @@ def summarise(run: Run, say: Callable[[str], None], seconds: float) -> None:
 
 def on_cluster(options: argparse.Namespace) -> int:
     """The same on Ray, which only this imports."""
-    if not (options.ray and options.output):
-        given, missing = ("--ray ADDRESS", "--output DIR") if options.ray else ("--output DIR", "--ray ADDRESS")
-        raise UserError(f"{given} without {missing}; expected both; add it")
+    if not options.output:
+        raise UserError("--ray without --output; expected --output DIR for the answers; add it")
     for name in ("csv", "report", "attribution", "title", "labels", "domains"):
         if getattr(options, name):
             raise UserError(f"--{name} with --ray; expected --output alone; leave it out")
-    if options.shard < 1 or (options.workers is not None and options.workers < 1):
-        raise UserError(f"--shard {options.shard}, --workers {options.workers}; expected 1 or more; mend it")
+    for name in ("workers", "shard"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)}; expected 1 or more; mend it")
     try:
         from . import cluster
     except ModuleNotFoundError as error:
@@ -231,8 +232,13 @@ def main(arguments: Sequence[str]) -> int:
         from .__main__ import default_weights
 
         options.weights = default_weights()
-    if options.ray or options.output:
+    if options.ray:
         return on_cluster(options)
+    for name in ("output", "workers", "shard", "image"):
+        if getattr(options, name):
+            raise UserError(
+                f"--{name} without --ray; expected --ray ADDRESS, or --ray local; add it, or leave this out"
+            )
     options.paths = [Path(path) for path in options.paths]
     if options.attribution and not options.report:
         raise UserError("--attribution shows its maps in a report; expected --report FILE too; add it")

@@ -39,6 +39,12 @@ if __name__ == "__main__":
     import ray
 
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
-    context = ray.init("local", num_cpus=int(sys.argv[1]), **quiet)
-    print(context.address_info["gcs_address"], flush=True)
+    for attempt in range(6):  # Ray gives a part of itself 30 s to start, which a busy machine may not do
+        try:
+            print(ray.init("local", num_cpus=int(sys.argv[1]), **quiet).address_info["gcs_address"], flush=True)
+            break
+        except Exception:
+            ray.shutdown()
+            if attempt == 5:
+                raise
     sys.stdin.read()
