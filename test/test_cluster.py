@@ -277,14 +277,17 @@ def test_poison_is_named_and_stops_nothing(address, weights, blobs, tmp_path, ca
     assert before.items() <= finished(output).items()
 
 
-def test_a_cluster_of_its_own_ends_with_ctrl_c(weights, blobs, tmp_path) -> None:
-    file, output = write_parquet(tmp_path / "a.parquet", blobs * 20), tmp_path / "out"
-    command = start("local", weights, output, file, "--shard", 40)
+def test_ctrl_c_ends_a_run_that_local_ray_continues(address, weights, blobs, tmp_path) -> None:
+    file, output = write_parquet(tmp_path / "a.parquet", blobs * 10), tmp_path / "out"
+    command = start(address, weights, output, file, "--shard", 40)
     wait_for(lambda: finished(output), command)
     command.send_signal(signal.SIGINT)
     out, err = command.communicate()
-    assert command.returncode == 130 and out == ""
+    assert (command.returncode, out) == (130, "")
     assert len(err.splitlines()) == 1 and "the same command goes on from there" in err
+    out, err = (command := start("local", weights, output, file, "--shard", 40)).communicate()
+    assert (command.returncode, err) == (0, "") and "known already" in out
+    assert sorted(pd.read_parquet(output).path) == sorted(f"{file}#{n}" for n in range(10 * CROPS))
 
 
 def test_a_tar_that_was_cut_is_never_taken_for_a_shorter_one(blobs, tmp_path) -> None:
