@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from inference.device import keep_freed_memory
 from inference.errors import UserError
 from inference.manifest import BASES
 
@@ -123,7 +124,10 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         raise UserError("recipe: precision fp16 needs a GPU and found none; use --set precision=bf16")
     if "LOCAL_RANK" in os.environ:  # one of a launcher's processes
         die_with_parent()
-    return Accelerator(mixed_precision="no" if recipe.precision == "fp32" else recipe.precision)
+    accelerator = Accelerator(mixed_precision="no" if recipe.precision == "fp32" else recipe.precision)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    return accelerator
 
 
 def prepare(folder: Path, recipe: Recipe, crops: Sequence[Crop], accelerator: Accelerator) -> np.ndarray:
