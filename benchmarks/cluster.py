@@ -119,7 +119,7 @@ def score(data: Path, output: Path, cores: int, *more: object) -> tuple[float, f
 
 def workers(options: argparse.Namespace) -> dict[str, Any]:
     """Crops a second of the default ensemble on one and on two workers of one core each, over the same shards."""
-    data = make_shards(options.crops, options.crops // SHARD)
+    data = make_shards(CACHE / f"cluster-{options.crops}", options.crops, options.crops // SHARD)
     runs: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
     for _ in range(options.repeat):
         for cores, known in runs.items():
@@ -137,7 +137,7 @@ def workers(options: argparse.Namespace) -> dict[str, Any]:
 
 def memory(options: argparse.Namespace) -> dict[str, Any]:
     """Memory over many crops, after the first tenth, in which the workers fill their caches."""
-    data = make_shards(options.crops, max(1, options.crops // 10_000), side=64)  # a million are 7 GB
+    data = make_shards(CACHE / f"cluster-{options.crops}", options.crops, max(1, options.crops // 10_000))
     with TemporaryDirectory() as folder:
         ensemble = make_tiny(CACHE / "random-tiny")
         seconds, _, samples = score(data, Path(folder) / "out", 2, "--weights", ensemble, "--shard", 2048)
