@@ -21,11 +21,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from pyarrow import fs
 
 from inference import score
 from inference.errors import UserError
 from inference.records import read_shard
 from inference.shards import UNREADABLE, plan, source_of
+from test.harness import sagemaker
 from test.miniature import make_ensemble
 from test.ray_cluster import cluster
 
@@ -386,3 +388,38 @@ def test_without_ray_one_line_says_what_to_install(weights, tmp_path) -> None:
     done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert "ray is not installed" in done.stderr and "requirements-ray.txt" in done.stderr
+
+
+@pytest.mark.shim
+def test_a_store_is_read_and_written(address, weights, blobs, answered, tmp_path) -> None:
+    """S3, as moto serves it on loopback: shards from it, answers and errors to it, and a rerun that finds them."""
+    sagemaker.install()
+    with sagemaker.s3_server() as bucket:
+        poisoned = [POISON.get(n, blob) for n, blob in enumerate(blobs)]
+        bucket.put("in/a.parquet", write_parquet(tmp_path / "a.parquet", poisoned).read_bytes())
+        bucket.put("in/b.tar", write_tar(tmp_path / "b.tar", blobs).read_bytes())
+        for n in range(5):
+            bucket.put(f"in/images/{n:03}.png", blobs[n])
+        store = f"s3://key:secret@{sagemaker.BUCKET}"
+        tail = f"?scheme=http&region=us-east-1&endpoint_override={bucket.url.partition('//')[2]}"
+        for _ in range(2):
+            assert run(address, weights, f"{store}/out{tail}", f"{store}/in{tail}", "--shard", 20) == 3
+        system, folder = fs.FileSystem.from_uri(f"{store}/out{tail}")
+        files = [info.path for info in system.get_file_info(fs.FileSelector(folder)) if info.is_file]
+        shards = [pq.read_table(file, filesystem=system) for file in files if file.endswith(".parquet")]
+        notes = [info.path for info in system.get_file_info(fs.FileSelector(f"{folder}/_errors"))]
+        noted = [path for note in notes for path in pq.read_table(note, filesystem=system)["path"].to_pylist()]
+    found = pa.concat_tables(shards, promote_options="default").to_pandas().set_index("path").p_atypical
+    local = read(answered[1]).set_index("path").p_atypical
+    data = answered[0]
+    wanted = {
+        f"s3://{sagemaker.BUCKET}/in/a.parquet#{n}": local[f"{data}/a.parquet#{n}"]
+        for n in range(CROPS)
+        if n not in POISON
+    }
+    wanted |= {
+        f"s3://{sagemaker.BUCKET}/in/b.tar#s/{n:03}.png": local[f"{data}/a.tar#s/{n:03}.png"] for n in range(CROPS)
+    }
+    assert set(found.index) >= set(wanted) and len(found) == len(wanted) + 5
+    np.testing.assert_allclose(found[list(wanted)], list(wanted.values()), atol=1e-6)
+    assert sorted(noted) == sorted(f"s3://{sagemaker.BUCKET}/in/a.parquet#{n}" for n in POISON)
