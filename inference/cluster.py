@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import os
+import platform
 import sys
 import time
 import traceback
@@ -29,14 +30,14 @@ import ray.data
 from .errors import UserError
 from .manifest import FILE, Manifest, check_hashes, load_manifest, sha256
 from .progress import Progress
-from .records import Chunk, read_shard
+from .records import Chunk, read_shard, texts
 from .results import Error, Results, answers
 from .shards import UNREADABLE, Shard, one_line, plan, resolve, source_of
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from .ensemble import Ensemble
+    from .ensemble import Ensemble, Prediction
 
 UNFINISHED = 3  # exit code, as for files that the local command could not read
 SHARD = 4096  # crops of a shard: seconds of a GPU's work
@@ -44,6 +45,10 @@ RETRIES = 2  # of a shard whose worker died; then it is named at the end
 LOG_SECONDS = 60  # between lines where there is no terminal
 SHOWN = 20  # lines about what was not scored
 Decoded = tuple[Chunk, list["Future[list[tuple[int, np.ndarray]]]"]]
+
+
+class Unusable(Exception):
+    """The ensemble does not work here, whatever the shard."""
 
 
 class Scorer:
@@ -55,6 +60,8 @@ class Scorer:
         self.manifest, self.name, self.output = manifest, ensemble, output
         self.device, self.precision, self.threads = device, precision, threads
         self.ensemble: Ensemble | None = None
+        self.results: Results | None = None
+        self.pool = ThreadPoolExecutor(max(2, threads))
 
     def load(self) -> None:
         """UserError where this machine has not the same ensemble, or not the device."""
@@ -63,10 +70,13 @@ class Scorer:
         from .ensemble import Ensemble
 
         torch.set_num_threads(self.threads)
-        check_hashes([*self.manifest.files.items(), (self.manifest.base, self.manifest.base_sha256)])
-        self.ensemble = Ensemble(self.manifest, self.device, self.precision)
-        self.results = Results(self.output)
-        self.pool = ThreadPoolExecutor(max(2, self.threads))
+        try:
+            check_hashes([*self.manifest.files.items(), (self.manifest.base, self.manifest.base_sha256)])
+            self.ensemble = Ensemble(self.manifest, self.device, self.precision)
+        except OSError as error:
+            raise UserError(
+                f"the ensemble cannot be read on {platform.node()} ({one_line(error)}); copy it there"
+            ) from None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """One shard, as JSON, to one row: crops, atypical, and why the whole run has to stop, if it has."""
@@ -74,21 +84,26 @@ class Scorer:
         crops = atypical = 0
         stop = ""
         try:
+            if self.results is None:
+                self.results = Results(self.output, expected=True)
             if self.ensemble is None:
                 self.load()
             crops, atypical = self.score(shard)
-        except UserError as error:
+        except (UserError, Unusable) as error:
             stop = str(error)
         except OSError as error:
             stop = f"{self.output} cannot be written ({one_line(error)}); the same command goes on when it can"
         except Exception as error:  # not foreseen, such as a lost GPU: another process may do better
             traceback.print_exc()
-            self.results.note(shard.name, [(shard.shown, None, f"{type(error).__name__}: {one_line(error)}")])
+            with contextlib.suppress(Exception):
+                assert self.results is not None
+                self.results.note(shard.name, [(shard.shown, None, f"{type(error).__name__}: {one_line(error)}")])
             os._exit(1)
         return {"shard": [shard.name], "crops": [crops], "atypical": [atypical], "stop": [stop]}
 
     def score(self, shard: Shard) -> tuple[int, int]:
         """Crops, and how many are atypical. A shard that cannot be read to its end gets an error and no answers."""
+        assert self.results is not None
         tables: list[pa.Table] = []
         errors: list[Error] = []
         try:
@@ -102,15 +117,14 @@ class Scorer:
                             rows.append(n)
                     except UserError as error:
                         errors.append((record.path, record.page, str(error)))
-                assert self.ensemble is not None
-                prediction = self.ensemble.predict(crops) if crops else None
+                prediction = self.predict(crops) if crops else None
                 tables.append(
                     answers(
                         pages,
                         prediction,
                         self.manifest,
                         self.name,
-                        metadata.take(rows) if metadata.num_columns else metadata,
+                        metadata.take(pa.array(rows, pa.int64())) if metadata.num_columns else metadata,
                     )
                 )
         except UNREADABLE as error:
@@ -118,9 +132,21 @@ class Scorer:
             reason = str(error) if isinstance(error, UserError) else damage
             self.results.note(shard.name, [*errors, (shard.shown, None, reason)])
             return 0, 0
+        if not tables:  # an empty archive
+            tables = [answers([], None, self.manifest, self.name, texts([]))]
         table = pa.concat_tables(tables, promote_options="default")
+        if shard.kind == "files" and not len(table):  # a folder that is not mounted here looks like this too
+            self.results.note(shard.name, errors)
+            return 0, 0
         self.results.finish(shard.name, table, errors)
         return len(table), sum(name == "atypical" for name in table["class"].to_pylist())
+
+    def predict(self, crops: list[np.ndarray]) -> Prediction:
+        assert self.ensemble is not None
+        try:
+            return self.ensemble.predict(crops)
+        except UserError as error:
+            raise Unusable(str(error)) from None
 
     def decoded(self, shard: Shard) -> Iterator[Decoded]:
         """Chunks with their crops to come: one is read and one decoded while the caller predicts."""
@@ -210,7 +236,7 @@ def main(options: argparse.Namespace) -> int:
     output = options.output if "://" in options.output else str(Path(options.output).absolute())
     shards, failed = plan(options.paths, options.shard or SHARD, options.image)
     for location in options.paths:
-        if resolve(output)[1].startswith(resolve(location)[1].rstrip("/") + "/"):
+        if f"{resolve(output)[1].rstrip('/')}/".startswith(resolve(location)[1].rstrip("/") + "/"):
             raise UserError(
                 f"{output} lies in {location}, which is read; expected another place; name another --output"
             )

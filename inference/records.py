@@ -25,6 +25,15 @@ BUFFER = 4 << 20  # bytes that are fetched at once
 MAX_TEXT = 1 << 16  # bytes of a tar's member that may be metadata
 
 
+@contextlib.contextmanager
+def ours() -> Iterator[None]:
+    """What is wrong with one file is a UserError; what is wrong with its store, disk or network goes on as it is."""
+    try:
+        yield
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise UserError(one_line(error)) from None
+
+
 @dataclass(frozen=True)
 class Record:
     """One image file; page None: all of its pages; source a str: why there is nothing to read."""
@@ -34,16 +43,16 @@ class Record:
     source: Path | Blob | tuple[fs.FileSystem, str] | str
 
     def read(self) -> list[tuple[int, np.ndarray]]:
-        """(page, crop uint8 (H, W, 3)) of each page. UserError where it cannot be read."""
+        """(page, crop uint8 (H, W, 3)) of each page. UserError where it cannot be read, OSError where nothing can."""
         source = self.source
         if isinstance(source, str):
             raise UserError(source)
         if isinstance(source, tuple):
-            try:
-                with source[0].open_input_stream(source[1], compression=None) as stream:
-                    source = Blob(Path(source[1]).name, stream.read(MAX_BYTES + 1))
-            except OSError as error:
-                raise UserError(one_line(error)) from None
+            with ours(), source[0].open_input_stream(source[1], compression=None) as stream:
+                source = Blob(Path(source[1]).name, stream.read(MAX_BYTES + 1))
+        elif isinstance(source, Path):
+            with ours(), source.open("rb") as stream:
+                stream.read(1)
         crops = read_stack(source)
         if self.page is None:
             return list(enumerate(crops))
@@ -75,6 +84,10 @@ def texts(rows: list[dict[str, str]]) -> pa.Table:
     return pa.table(columns) if columns else pa.table({"": pa.nulls(len(rows))}).select([])
 
 
+def is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
 def read_parquet(shard: Shard) -> Iterator[Chunk]:
     """A string column `path` names the crops, else the file and the row's number do."""
     system = resolve(shard.root)[0]
@@ -89,7 +102,7 @@ def read_parquet(shard: Shard) -> Iterator[Chunk]:
                 cells = cells.chunk(0)
             given = [None] * len(table)
             rest = table.drop_columns([shard.image])
-            if "path" in rest.column_names and pa.types.is_string(rest.schema.field("path").type):
+            if "path" in rest.column_names and is_text(rest.schema.field("path").type):
                 given = rest["path"].to_pylist()
                 rest = rest.drop_columns(["path"])
             if pa.types.is_struct(cells.type):

@@ -8,6 +8,8 @@ Parquet files pass over names that begin with `_` or a dot.
 from __future__ import annotations
 
 import json
+import os
+import platform
 import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -31,11 +33,13 @@ Error = tuple[str, int | None, str]
 
 
 class Results:
-    def __init__(self, location: str) -> None:
-        """location: a folder or a URI; made where it does not exist."""
+    def __init__(self, location: str, expected: bool = False) -> None:
+        """location: a folder or a URI; made where it does not exist, but UserError where it is `expected`, claimed."""
         self.system, folder, _ = resolve(location)
         self.folder = folder.rstrip("/")
         self.rename = self.system.type_name not in STORES
+        if expected and not self.system.get_file_info(f"{self.folder}/_job.json").is_file:
+            raise UserError(f"{location} is not the run's output on {platform.node()}; expected it shared by all nodes")
         try:
             self.system.create_dir(f"{self.folder}/_errors", recursive=True)
         except OSError as error:
@@ -63,7 +67,8 @@ class Results:
     def shards(self, folder: str = "") -> set[str]:
         """The shards that have a file in the output, or in a folder of it."""
         listed = self.system.get_file_info(fs.FileSelector(self.folder + folder, allow_not_found=True))
-        names = (info.base_name for info in listed if info.is_file and info.base_name[0] not in "._")
+        # an empty file is what a machine that lost its power may leave
+        names = (info.base_name for info in listed if info.is_file and info.size and info.base_name[0] not in "._")
         return {name.removesuffix(".parquet") for name in names if name.endswith(".parquet")}
 
     def put(self, name: str, content: Any) -> None:
@@ -71,6 +76,9 @@ class Results:
         written = f"{self.folder}/.{uuid.uuid4().hex}.partial" if self.rename else target
         with self.system.open_output_stream(written, compression=None) as stream:
             stream.write(content)
+        if self.system.type_name == "local":  # on the disk before it has its name
+            with open(written, "rb") as stream:
+                os.fsync(stream.fileno())
         if self.rename:
             self.system.move(written, target)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import os
 import re
 import tarfile
 import zlib
@@ -55,7 +56,7 @@ class Shard:
 def resolve(location: str) -> tuple[fs.FileSystem, str, str]:
     """A file system, the path in it, and what to put before such a path to show it. UserError where there is none."""
     if "://" not in location:
-        return fs.LocalFileSystem(), str(Path(location).absolute()), ""
+        return fs.LocalFileSystem(), os.path.abspath(location), ""
     try:
         system, path = fs.FileSystem.from_uri(location)
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -88,7 +89,11 @@ def stamp(info: fs.FileInfo) -> str:
 
 def walk(system: fs.FileSystem, folder: str) -> list[fs.FileInfo]:
     """All files below `folder` that may hold crops, by name; hidden ones, and what begins with _, are left out."""
-    inside = [info for info in system.get_file_info(fs.FileSelector(folder, recursive=True)) if info.is_file]
+    if system.type_name == "local":  # links to folders are not followed, as by the local command
+        found = system.get_file_info([os.path.join(root, name) for root, _, names in os.walk(folder) for name in names])
+    else:
+        found = system.get_file_info(fs.FileSelector(folder, recursive=True))
+    inside = [info for info in found if info.is_file]
     shown = (info for info in inside if not re.search(r"(^|/)[._]", info.path[len(folder) :].lstrip("/")))
     return sorted((info for info in shown if info.path.lower().endswith(KINDS)), key=lambda info: info.path)
 
@@ -106,6 +111,8 @@ def plan(locations: Sequence[str], size: int, image: str | None) -> tuple[list[S
         try:
             info = system.get_file_info(path)
             found = walk(system, path) if info.type == fs.FileType.Directory else [info]
+        except UnicodeError:
+            raise UserError(f"{location} holds a name that is not UTF-8; expected one that is; rename it") from None
         except OSError as error:
             raise UserError(
                 f"{location} cannot be listed ({one_line(error)}); check the address and the rights"

@@ -390,6 +390,27 @@ def test_without_ray_one_line_says_what_to_install(weights, tmp_path) -> None:
     assert "ray is not installed" in done.stderr and "requirements-ray.txt" in done.stderr
 
 
+def test_odd_shards(address, weights, blobs, tmp_path, capsys) -> None:
+    """A chunk without one good crop, an empty archive, long texts, a link back, a folder that gives nothing."""
+    data = tmp_path / "data"
+    write_folder(data / "linked", blobs[:3])
+    (data / "linked" / "again").symlink_to(data)
+    write_tar(data / "late.tar", [*(blobs * 3)[:128], b"no image"])
+    write_tar(data / "empty.tar", [])
+    table = pa.table({"path": pa.array(["a", "b"], pa.large_string()), "image": blobs[:2]})
+    pq.write_table(table, data / "long.parquet")
+    write_folder(tmp_path / "gone", [b"no image"] * 2)
+    for _ in range(2):
+        assert run(address, weights, tmp_path / "out", data, tmp_path / "gone") == 3
+        assert ", 1 of 5 shards have no answers" in capsys.readouterr().err
+    found = read(tmp_path / "out")
+    assert len(found) == 3 + 128 + 2 and {"a", "b"} <= set(found.path)
+    reasons = errors(tmp_path / "out")
+    assert len(reasons) == 3 and reasons.path.str.contains("late.tar#s/128.png").sum() == 1
+    with pytest.raises(UserError, match="which is read"):
+        run("nowhere:1", weights, data, data)
+
+
 @pytest.mark.shim
 def test_a_store_is_read_and_written(address, weights, blobs, answered, tmp_path) -> None:
     """S3, as moto serves it on loopback: shards from it, answers and errors to it, and a rerun that finds them."""

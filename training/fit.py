@@ -103,7 +103,7 @@ def choose(fold: np.ndarray, only: Sequence[int] | None) -> Sequence[int]:
             raise UserError(
                 f"fold {number} is not one of this split's ({numbers[0]} to {numbers[-1]}); choose one of them"
             )
-    return only or numbers
+    return list(dict.fromkeys(only)) if only else numbers
 
 
 def find_base(recipe: Recipe, asked: Path | None) -> Path:
