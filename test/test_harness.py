@@ -209,7 +209,8 @@ def test_missing_and_stale_images_are_built(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(subprocess, "run", build)
     for tag in ("old", "new", "missing"):
         command_line.build("docker", tag)
-    assert calls == [["--engine", "docker", "old"], ["--engine", "docker", "missing"]]
+    ours = ["--engine", "docker", "--ensemble", "weights/default"]
+    assert calls == [[*ours, "old"], [*ours, "missing"]]
     with pytest.raises(RuntimeError, match=r"build\.sh --engine docker failed"):
         command_line.build("docker", "broken")
 
