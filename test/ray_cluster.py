@@ -13,6 +13,7 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -38,10 +39,11 @@ def cluster(cores: int = 2) -> Iterator[tuple[str, int]]:
 if __name__ == "__main__":
     import ray
 
-    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+    quiet: Any = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
     for attempt in range(6):  # Ray gives a part of itself 30 s to start, which a busy machine may not do
         try:
-            print(ray.init("local", num_cpus=int(sys.argv[1]), **quiet).address_info["gcs_address"], flush=True)
+            context: Any = ray.init("local", num_cpus=int(sys.argv[1]), **quiet)
+            print(context.address_info["gcs_address"], flush=True)
             break
         except Exception:
             ray.shutdown()
