@@ -106,7 +106,8 @@ def run_job(options: argparse.Namespace) -> None:
     log(f"device {device}, precision {ensemble.precision}, pages {len(crops)}")
     if ensemble.recomputed:
         log(f"note: {ensemble.recomputed} crops were recomputed in fp32, their logits were not finite")
-    log("seconds " + ", ".join(f"{name} {value:.3f}" for name, value in seconds.items()))
+    parts = {"predict": f" ({ensemble.weights.seconds:.3f} of it reads and fuses weights)"}
+    log("seconds " + ", ".join(f"{name} {value:.3f}{parts.get(name, '')}" for name, value in seconds.items()))
     if options.details:
         pages = [
             {"page": n, "class": "atypical" if p >= manifest.threshold else "normal", "p_atypical": p,
@@ -115,6 +116,7 @@ def run_job(options: argparse.Namespace) -> None:
         ]  # fmt: skip
         details = {"ensemble": manifest.name, "device": device, "precision": ensemble.precision,
                    "threshold": manifest.threshold, "pages": pages, "seconds": seconds,
+                   "weights_seconds": round(ensemble.weights.seconds, 3),
                    "device_bytes": torch.cuda.max_memory_allocated() if ensemble.device.type == "cuda" else 0,
         }  # fmt: skip
         try:

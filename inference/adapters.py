@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import re
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,6 +192,7 @@ class Weights:
         for folder, adapter in zip(folds, self.adapters, strict=True):
             self._check_shapes(folder, adapter)
         self._kept: dict[Any, Any] = {}
+        self.seconds = 0.0  # of reading, fusing and converting, which come with the first forward pass
 
     def _check_shapes(self, folder: Path, adapter: Adapter) -> None:
         for layer, (a, b) in adapter.lora.items():
@@ -248,28 +251,35 @@ class Weights:
                 place.copy_(exact)
         return out
 
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made when it is first asked for; `seconds` adds up what that takes."""
+        if key not in self._kept:
+            start = time.perf_counter()
+            self._kept[key] = make()
+            self.seconds += time.perf_counter() - start
+        return self._kept[key]
+
     def __getitem__(self, name: str) -> torch.Tensor:
         """In the computing precision."""
-        if name not in self._kept:
-            adapted = name in self.adapted
-            self._kept[name] = self._fused(name, self.dtype) if adapted else self._read(name).to(self.dtype)
-        return self._kept[name]
+        if name in self.adapted:
+            return self._once(name, lambda: self._fused(name, self.dtype))
+        return self._once(name, lambda: self._read(name).to(self.dtype))
 
     def get(self, name: str) -> torch.Tensor | None:
         return self[name] if name in self.names else None
 
     def fp32(self, name: str) -> torch.Tensor:
-        if ("fp32", name) not in self._kept:
-            self._kept["fp32", name] = self._exact(name)
-        return self._kept["fp32", name]
+        return self._once(("fp32", name), lambda: self._exact(name))
 
     def convolution(self, conv: str, norm: str, eps: float = 1e-3) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight and bias of a convolution with the batch normalisation behind it folded in, in fp32."""
-        if ("conv", conv) not in self._kept:
+
+        def make() -> tuple[torch.Tensor, torch.Tensor]:
             mean, variance = self._exact(f"{norm}.running_mean"), self._exact(f"{norm}.running_var")
             gain = self._exact(f"{norm}.weight") * torch.rsqrt(variance + eps)
             weight = self._exact(f"{conv}.weight") * gain.view(-1, 1, 1, 1)
             bias = self._exact(f"{norm}.bias") - mean * gain
             memory = torch.channels_last if weight.ndim == 4 else torch.contiguous_format
-            self._kept["conv", conv] = weight.to(self.dtype, memory_format=memory), bias.to(self.dtype)
-        return self._kept["conv", conv]
+            return weight.to(self.dtype, memory_format=memory), bias.to(self.dtype)
+
+        return self._once(("conv", conv), make)

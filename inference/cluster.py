@@ -1,8 +1,8 @@
 """`python -m inference score --ray ADDRESS|local PATH... --output DIR`: the same answers from many GPUs or machines.
 
-Ray Data hands shards (inference/shards.py) to one actor per GPU. An actor loads the ensemble once, reads its shard as a
-stream, and writes the answers as one file (inference/results.py). So a finished shard is never computed again, and what
-dies costs the shards that it was working on.
+This is the driver: it finds the shards (inference/shards.py), has Ray Data hand them to one actor per GPU
+(inference/worker.py), and names what was not scored. A shard's answers are one file, whole or not there
+(inference/results.py): a finished one is never computed again, and what dies costs the shards that it was working on.
 """
 
 from __future__ import annotations
@@ -11,156 +11,30 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import sys
 import time
-import traceback
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry; Ray reads it when it is imported
 
-import pyarrow as pa
 import ray
 import ray.data
 
 from .errors import UserError
-from .manifest import FILE, Manifest, check_hashes, load_manifest, sha256
+from .manifest import FILE, load_manifest, sha256
 from .progress import Progress
-from .records import Chunk, read_shard, texts
-from .results import Error, Results, answers
-from .shards import UNREADABLE, Shard, one_line, plan, resolve, source_of
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from .ensemble import Ensemble, Prediction
+from .results import Results
+from .shards import Shard, one_line, plan, resolve, source_of
+from .worker import Scorer
 
 UNFINISHED = 3  # exit code, as for files that the local command could not read
 SHARD = 4096  # crops of a shard: seconds of a GPU's work
 RETRIES = 2  # of a shard whose worker died; then it is named at the end
 LOG_SECONDS = 60  # between lines where there is no terminal
 SHOWN = 20  # lines about what was not scored
-Decoded = tuple[Chunk, list["Future[list[tuple[int, np.ndarray]]]"]]
-
-
-class Unusable(Exception):
-    """The ensemble does not work here, whatever the shard."""
-
-
-class Scorer:
-    """An actor: the ensemble, loaded with its first shard."""
-
-    def __init__(
-        self, manifest: Manifest, ensemble: str, output: str, device: str, precision: str, threads: int
-    ) -> None:
-        self.manifest, self.name, self.output = manifest, ensemble, output
-        self.device, self.precision, self.threads = device, precision, threads
-        self.ensemble: Ensemble | None = None
-        self.results: Results | None = None
-        self.pool = ThreadPoolExecutor(max(2, threads))
-
-    def load(self) -> None:
-        """UserError where this machine has not the same ensemble, or not the device."""
-        import torch
-
-        from .ensemble import Ensemble
-
-        torch.set_num_threads(self.threads)
-        try:
-            check_hashes([*self.manifest.files.items(), (self.manifest.base, self.manifest.base_sha256)])
-            self.ensemble = Ensemble(self.manifest, self.device, self.precision)
-        except OSError as error:
-            raise UserError(
-                f"the ensemble cannot be read on {platform.node()} ({one_line(error)}); copy it there"
-            ) from None
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        """One shard, as JSON, to one row: crops, atypical, and why the whole run has to stop, if it has."""
-        shard = Shard(**json.loads(batch["shard"][0]))
-        crops = atypical = 0
-        stop = ""
-        try:
-            if self.results is None:
-                self.results = Results(self.output, expected=True)
-            if self.ensemble is None:
-                self.load()
-            crops, atypical = self.score(shard)
-        except (UserError, Unusable) as error:
-            stop = str(error)
-        except OSError as error:
-            stop = f"{self.output} cannot be written ({one_line(error)}); the same command goes on when it can"
-        except Exception as error:  # not foreseen, such as a lost GPU: another process may do better
-            traceback.print_exc()
-            with contextlib.suppress(Exception):
-                assert self.results is not None
-                self.results.note(shard.name, [(shard.shown, None, f"{type(error).__name__}: {one_line(error)}")])
-            os._exit(1)
-        return {"shard": [shard.name], "crops": [crops], "atypical": [atypical], "stop": [stop]}
-
-    def score(self, shard: Shard) -> tuple[int, int]:
-        """Crops, and how many are atypical. A shard that cannot be read to its end gets an error and no answers."""
-        assert self.results is not None
-        tables: list[pa.Table] = []
-        errors: list[Error] = []
-        try:
-            for (records, metadata), futures in self.decoded(shard):
-                pages, crops, rows = [], [], []
-                for n, (record, future) in enumerate(zip(records, futures, strict=True)):
-                    try:
-                        for page, crop in future.result():
-                            pages.append((record.path, page))
-                            crops.append(crop)
-                            rows.append(n)
-                    except UserError as error:
-                        errors.append((record.path, record.page, str(error)))
-                prediction = self.predict(crops) if crops else None
-                tables.append(
-                    answers(
-                        pages,
-                        prediction,
-                        self.manifest,
-                        self.name,
-                        metadata.take(pa.array(rows, pa.int64())) if metadata.num_columns else metadata,
-                    )
-                )
-        except UNREADABLE as error:
-            damage = f"cannot be read to its end ({one_line(error)}); expected it whole; write it again"
-            reason = str(error) if isinstance(error, UserError) else damage
-            self.results.note(shard.name, [*errors, (shard.shown, None, reason)])
-            return 0, 0
-        if not tables:  # an empty archive
-            tables = [answers([], None, self.manifest, self.name, texts([]))]
-        table = pa.concat_tables(tables, promote_options="default")
-        if shard.kind == "files" and not len(table):  # a folder that is not mounted here looks like this too
-            self.results.note(shard.name, errors)
-            return 0, 0
-        self.results.finish(shard.name, table, errors)
-        return len(table), sum(name == "atypical" for name in table["class"].to_pylist())
-
-    def predict(self, crops: list[np.ndarray]) -> Prediction:
-        assert self.ensemble is not None
-        try:
-            return self.ensemble.predict(crops)
-        except UserError as error:
-            raise Unusable(str(error)) from None
-
-    def decoded(self, shard: Shard) -> Iterator[Decoded]:
-        """Chunks with their crops to come: one is read and one decoded while the caller predicts."""
-        chunks = read_shard(shard)
-        coming = self.pool.submit(next, chunks, None)
-        waiting: Decoded | None = None
-        while (chunk := coming.result()) is not None:
-            coming = self.pool.submit(next, chunks, None)
-            following = chunk, [self.pool.submit(record.read) for record in chunk[0]]
-            if waiting:
-                yield waiting
-            waiting = following
-        if waiting:
-            yield waiting
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,10 +58,7 @@ class Ensemble:
             keep_freed_memory()
         self.preprocess = Preprocess(**manifest.preprocess)
         self.recomputed = 0  # crops whose logits were not finite in the chosen precision
-        self.seconds = {"read": 0.0, "forward": 0.0}
-        start = time.perf_counter()
         self.weights = Weights(manifest.base, list(manifest.folds), self.device, DTYPES[self.precision])
-        self.seconds["read"] = time.perf_counter() - start
         self._batch = 0
 
     @classmethod
@@ -76,7 +72,6 @@ class Ensemble:
         """P(atypical) of crops, each uint8 RGB (H, W, 3). A crop's answer does not depend on its neighbours."""
         if not len(crops):
             raise UserError("found no crops; expected one or more")
-        start = time.perf_counter()
         all_logits = []
         begin = 0
         while begin < len(crops):
@@ -93,7 +88,6 @@ class Ensemble:
                 continue
             begin += size
         result = np.concatenate(all_logits, axis=2)
-        self.seconds["forward"] += time.perf_counter() - start
         return Prediction(*average(result, self.manifest.averaging, self.manifest.temperature), result)
 
     def _first_batch(self) -> int:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from test.harness import __main__ as command_line
-from test.harness import engines, layout, readout, sagemaker, served
+from test.harness import engines, layout, readout, s3, sagemaker, served
 from test.programs import make_stack, messages
 from test.test_containers import USER, WRITE, build  # noqa: F401  (build is a fixture)
 
@@ -70,8 +70,8 @@ def published() -> None:
 
 
 @pytest.fixture(scope="module")
-def bucket() -> Iterator[sagemaker.Bucket]:
-    with sagemaker.s3_server() as server:
+def bucket() -> Iterator[s3.Bucket]:
+    with s3.s3_server() as server:
         yield server
 
 
@@ -79,7 +79,7 @@ Both = Callable[..., list[list[tuple[engines.Run, str]]]]
 
 
 @pytest.fixture
-def both(bucket: sagemaker.Bucket, tmp_path: Path) -> Both:
+def both(bucket: s3.Bucket, tmp_path: Path) -> Both:
     """Runs tasks in both harnesses; for each a list of (run, fail messages), one a task."""
 
     def run(

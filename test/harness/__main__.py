@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from random import Random
 
-from test.harness import engines, layout, page, readout, report, sagemaker, served
+from test.harness import engines, layout, page, readout, report, s3, sagemaker, served
 from test.harness.findings import Finding, passed
 
 ROOT = engines.ROOT
@@ -78,12 +78,12 @@ def bundled(image: str) -> str:
 def start_again(arguments: list[str] | None) -> None:
     """Go on in .venv where it has just been made: the report needs what is installed there."""
     python = ROOT / ".venv/bin/python"
-    if arguments is None and python.exists() and not importlib.util.find_spec("numpy"):
+    if arguments is None and python.exists() and not all(map(importlib.util.find_spec, page.NEEDS)):
         os.execv(python, [str(python), "-m", "test.harness", *sys.argv[1:], "--no-build"])
 
 
 def run_stacks(
-    stacks: list[tuple[int, Path]], options: argparse.Namespace, limits: engines.Limits, bucket: sagemaker.Bucket | None
+    stacks: list[tuple[int, Path]], options: argparse.Namespace, limits: engines.Limits, bucket: s3.Bucket | None
 ) -> list[report.Result]:
     """Runs stacks, each with its number, in one fresh container (or natively); keeps answers and logs.
 
@@ -204,7 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
     results: list[report.Result] = []
     uploads: list[Finding] = []
     try:
-        with sagemaker.s3_server() if options.shim else contextlib.nullcontext() as bucket:
+        with s3.s3_server() if options.shim else contextlib.nullcontext() as bucket:
             if options.shim:
                 uploads = sagemaker.check_upload(stacks)
                 print(*uploads, sep="\n")
