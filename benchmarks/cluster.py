@@ -25,9 +25,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from test.figures import FIGURES, draw
-from test.miniature import make_ensemble
-from test.ray_cluster import cluster
+from test.support.figures import FIGURES, draw
+from test.support.miniature import make_ensemble
+from test.support.ray_cluster import cluster
 
 from .cold_start import ROOT, machine
 

@@ -22,11 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import floor, workload
 from inference.backbones import BACKBONES
 from inference.manifest import load_manifest
 from inference.preprocess import TTA_VIEWS
-
-from . import floor, workload
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -10,10 +10,10 @@ import json
 import time
 from pathlib import Path
 
+from benchmarks import workload
 from inference.ensemble import Ensemble
-from inference.stack import read_stack
+from inference.imageio.stack import read_stack
 
-from . import workload
 from .cold_start import ROOT, machine
 
 

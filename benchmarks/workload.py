@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 
 from inference.backbones import BACKBONES, build
 from inference.manifest import sha256
-from test.figures import FIGURES, draw
 from test.harness.layout import write_input
-from test.stacks import write_stack
+from test.support.figures import FIGURES, draw
+from test.support.stacks import write_stack
 
 RANK, ALPHA, FOLDS = 8, 16.0, 3
 

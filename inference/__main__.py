@@ -27,10 +27,10 @@ MODEL_TARBALL = Path("/opt/ml/model")  # where the platform unpacks an uploaded 
 BUNDLED = Path(__file__).resolve().parent.parent / "weights" / "default"
 # each module has main(arguments) and is imported when it is asked for
 COMMANDS = {
-    "score": "inference.score",
+    "score": "inference.scoring.command",
     "serve": "inference.serve",
     "doctor": "inference.doctor",
-    "crops": "inference.slides",
+    "crops": "inference.slides.command",
 }
 
 
@@ -75,7 +75,7 @@ def run_job(options: argparse.Namespace) -> None:
     hashes = start_hash_check(manifest)  # in a thread, while this one imports PyTorch
     stack = find_stack(options.input)
 
-    from .stack import read_stack
+    from .imageio.stack import read_stack
 
     crops = read_stack(stack)
     clock["input"] = time.perf_counter()

@@ -49,7 +49,7 @@ def load(weights: Path, device: str, precision: str) -> Ensemble:
 
 def run_task(ensemble: Ensemble, input_dir: Path, output_dir: Path) -> dict[str, Any]:
     """Answers the stack in `input_dir`; returns the number of pages and the seconds. UserError as in a job."""
-    from .stack import read_stack
+    from .imageio.stack import read_stack
 
     start, recomputed = time.perf_counter(), ensemble.recomputed
     remove_answers(output_dir)

@@ -8,11 +8,11 @@ compile() { # the files agree with each other because each takes the ones before
         --no-emit-index-url --no-emit-find-links --custom-compile-command "requirements/compile.sh [--upgrade]" "${@:3}"
 }
 compile job requirements.txt "$@"
-compile train requirements-train.txt "$@"
-compile ray requirements-ray.txt "$@"
-compile slides requirements-slides.txt "$@"
-compile dev requirements-dev.txt "$@"
+compile train requirements/train.txt "$@"
+compile ray requirements/ray.txt "$@"
+compile slides requirements/slides.txt "$@"
+compile dev requirements/dev.txt "$@"
 
 # the platform's own entry shim; see requirements/shim.in
-compile shim requirements-shim.txt "$@"
-echo "sagemaker-shim==0.8.3 --hash=sha256:16ba40dde975632b7d8588711147074d849cf2b9b285dfaedc37ce1a82bb91ba" >>requirements-shim.txt
+compile shim requirements/shim.txt "$@"
+echo "sagemaker-shim==0.8.3 --hash=sha256:16ba40dde975632b7d8588711147074d849cf2b9b285dfaedc37ce1a82bb91ba" >>requirements/shim.txt

@@ -4,7 +4,7 @@
 # On a bare Debian machine test/engine.sh start brings an engine up.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-./build.sh --engine native --requirements requirements-dev.txt
+./build.sh --engine native --requirements requirements/dev.txt
 export PATH="$PWD/.venv/bin:$PATH"
 
 if python -c 'import sys; from test.harness.engines import docker; sys.exit(docker() is None)'; then

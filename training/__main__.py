@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:  # .venv of a job's requirements alone
-        advice = "run ./build.sh --engine native --requirements requirements-train.txt"
+        advice = "run ./build.sh --engine native --requirements requirements/train.txt"
         print(f"error: package {error.name} is not installed; training needs it; {advice}", file=sys.stderr)
         return 1
     return 0

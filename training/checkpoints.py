@@ -1,7 +1,7 @@
 """The forms in which base weights are published, each turned into tensors under timm's names.
 
-timm's own safetensors need nothing; Meta's `.pth` files and `pytorch_model.bin` go through timm's `checkpoint_filter_fn`
-in `training.base`. Here are the two that timm does not read: the `transformers` form of DINOv2, and an ONNX graph of it.
+timm's own safetensors need nothing, and timm itself converts Meta's `.pth` files. Here is what timm does not read: the
+`transformers` form of DINOv2, and an ONNX graph of it.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from inference.stack import read_stack
+from inference.imageio.stack import read_stack
 
 from .data import Crop
 from .losses import weights_by

@@ -23,7 +23,7 @@ from .calibrate import OutOfFold, averaged, calibrate, calibrated, read_out_of_f
 from .curves import curves_chart, reliability_chart, roc_chart, threshold_chart
 from .metrics import intervals, scores
 
-PAGE = Path(manifest.__file__).parent / "page.css"  # the common look of the project's pages
+PAGE = Path(manifest.__file__).parent / "report" / "page.css"  # the common look of the project's pages
 FEW = 10  # atypical crops: with fewer, one crop moves the balanced accuracy of a domain by more than five points
 NAMES = {
     "balanced_accuracy": "Balanced accuracy", "sensitivity": "Sensitivity", "specificity": "Specificity", "auc": "AUC",

@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--corpus", type=Path, help="keep what is learned here, and start from it")
     options = parser.parse_args(arguments)
     if not importlib.util.find_spec("atheris"):
-        advice = "run ./build.sh --engine native --requirements requirements-dev.txt"
+        advice = "run ./build.sh --engine native --requirements requirements/dev.txt"
         print(f"atheris is not installed; {advice}", file=sys.stderr)
         return 2
     names = options.targets or list(NAMES)

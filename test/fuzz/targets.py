@@ -22,8 +22,8 @@ import numpy as np
 
 from inference.adapters import read_adapter
 from inference.errors import UserError
-from test.image_files import bad_files, good_files, metaimage, stack, with_pillow
-from test.stub import LISTING, check_ended, make_input, run_job, stub_manifest
+from test.support.image_files import bad_files, good_files, metaimage, stack, with_pillow
+from test.support.stub import LISTING, check_ended, make_input, run_job, stub_manifest
 
 LARGEST = 60_000  # bytes of a seed
 SLOWEST = 10  # seconds of processor time for one job

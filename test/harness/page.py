@@ -28,9 +28,9 @@ def write_page(results: list[Result], truth: Path | None, ensemble: Path | None,
         return f"no report: {missing[0]} is not installed; run ./build.sh --engine native"
     if not answered:
         return "no report: no stack was answered"
+    from inference.imageio.stack import read_stack
     from inference.manifest import holds_ensemble, load_manifest
-    from inference.report import Row, write_report
-    from inference.stack import read_stack
+    from inference.report.page import Row, write_report
     from test.harness.scoring import read_truth
 
     known = read_truth(truth) if truth else {}

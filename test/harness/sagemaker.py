@@ -33,11 +33,11 @@ PIP = (
     "--require-hashes",
     "-r",
 )
-REQUIREMENTS = engines.ROOT / "requirements-shim.txt"
+REQUIREMENTS = engines.ROOT / "requirements/shim.txt"
 
 
 def install() -> None:
-    """Makes .cache/shim with Python 3.11, once for each requirements-shim.txt. RuntimeError where it cannot be made."""
+    """Makes .cache/shim with Python 3.11, once for each requirements/shim.txt. RuntimeError where it cannot be made."""
     stamp = HOME / "installed"
     if stamp.exists() and stamp.read_bytes() == REQUIREMENTS.read_bytes():
         return
@@ -232,7 +232,7 @@ for name in sys.argv[1:]:
         if len(images) != 1:
             reason = "; ".join(errors) or "no image in it"
             findings.append(
-                Finding("fail", f"{path.name}: refused as an upload ({reason[:300]})", "python -m test.stacks")
+                Finding("fail", f"{path.name}: refused as an upload ({reason[:300]})", "python -m test.support.stacks")
             )
         elif path.suffix.lower() in layout.SUFFIXES[:2] and same != [True]:
             findings.append(Finding("fail", f"{path.name}: the platform stores other bytes", "write a TIFF"))

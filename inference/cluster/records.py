@@ -1,0 +1,190 @@
+"""Read a shard as a stream: image files with their metadata, in chunks, decoded when a thread has time for it."""
+
+from __future__ import annotations
+
+import contextlib
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from ..errors import UserError
+from ..imageio.listing import SUFFIXES
+from ..imageio.stack import MAX_BYTES, Blob, read_stack
+from .shards import Shard, one_line, resolve
+
+CHUNK = 128  # images that are read, decoded and predicted together
+CHUNK_BYTES = 64 << 20  # of a tar's members, where so many images would be too much
+BUFFER = 4 << 20  # bytes that are fetched at once
+MAX_TEXT = 1 << 16  # bytes of a tar's member that may be metadata
+
+
+@contextlib.contextmanager
+def ours() -> Iterator[None]:
+    """What is wrong with one file is a UserError; what is wrong with its store, disk or network goes on as it is."""
+    try:
+        yield
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise UserError(one_line(error)) from None
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image file; page None: all of its pages; source a str: why there is nothing to read."""
+
+    path: str
+    page: int | None
+    source: Path | Blob | tuple[fs.FileSystem, str] | str
+
+    def read(self) -> list[tuple[int, np.ndarray]]:
+        """(page, crop uint8 (H, W, 3)) of each page. UserError where it cannot be read, OSError where nothing can."""
+        source = self.source
+        if isinstance(source, str):
+            raise UserError(source)
+        if isinstance(source, tuple):
+            with ours(), source[0].open_input_stream(source[1], compression=None) as stream:
+                source = Blob(Path(source[1]).name, stream.read(MAX_BYTES + 1))
+        elif isinstance(source, Path):
+            with ours(), source.open("rb") as stream:
+                stream.read(1)
+        crops = read_stack(source)
+        if self.page is None:
+            return list(enumerate(crops))
+        if self.page >= len(crops):
+            raise UserError(f"it has {len(crops)} pages; expected a page {self.page}; mend the table")
+        return [(self.page, crops[self.page])]
+
+
+Chunk = tuple[list[Record], pa.Table]  # metadata: a row for each record
+
+
+def read_shard(shard: Shard) -> Iterator[Chunk]:
+    """All records in their order. What is not whole raises one of shards.UNREADABLE."""
+    return {"tar": read_tar, "parquet": read_parquet, "files": read_files}[shard.kind](shard)
+
+
+def read_files(shard: Shard) -> Iterator[Chunk]:
+    system, _, scheme = resolve(shard.root)
+    for start in range(0, len(shard.items), CHUNK):
+        part = shard.items[start : start + CHUNK]
+        records = [Record(scheme + path, page, (system, path) if scheme else Path(path)) for path, page, _ in part]
+        yield records, texts([metadata for _, _, metadata in part])
+
+
+def texts(rows: list[dict[str, str]]) -> pa.Table:
+    """Dictionaries to columns of text, missing where a dictionary has no such key."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: pa.array([row.get(name) for row in rows], pa.string()) for name in names}
+    return pa.table(columns) if columns else pa.table({"": pa.nulls(len(rows))}).select([])
+
+
+def is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def read_parquet(shard: Shard) -> Iterator[Chunk]:
+    """A string column `path` names the crops, else the file and the row's number do."""
+    system = resolve(shard.root)[0]
+    with system.open_input_file(shard.path) as stream:
+        # a buffer, and no fetching of whole column chunks: memory is that of some pages, whatever a row group's size
+        file = pq.ParquetFile(stream, buffer_size=BUFFER, pre_buffer=False)
+        row = shard.row
+        for batch in file.iter_batches(CHUNK, row_groups=range(*shard.groups), use_threads=False):
+            table = pa.Table.from_batches([batch])
+            cells = table[shard.image].combine_chunks()
+            if isinstance(cells, pa.ChunkedArray):
+                cells = cells.chunk(0)
+            given = [None] * len(table)
+            rest = table.drop_columns([shard.image])
+            if "path" in rest.column_names and is_text(rest.schema.field("path").type):
+                given = rest["path"].to_pylist()
+                rest = rest.drop_columns(["path"])
+            if pa.types.is_struct(cells.type):
+                if cells.type.get_field_index("path") >= 0:
+                    rest = rest.append_column(f"{shard.image}_path", cells.field("path"))
+                cells = cells.field("bytes")
+            records = []
+            for n, cell in enumerate(cells):
+                name = given[n] or f"{shard.shown}#{row + n}"
+                content = cell.as_py()
+                source = "the image is missing" if content is None else Blob(name.rpartition("/")[2], content)
+                records.append(Record(name, None, source))
+            yield records, rest
+            row += len(table)
+
+
+class WholeArchive(tarfile.TarInfo):
+    """Headers of an archive that must end as archives do: tarfile itself takes a cut or damaged one for the end."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Any:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"cut off or damaged at byte {archive.offset:,} ({error})") from None
+
+
+def content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    stream = archive.extractfile(member)
+    assert stream is not None  # only directories and the like have none
+    return stream.read()
+
+
+def samples(archive: tarfile.TarFile, shown: str) -> Iterator[tuple[str, dict[str, Record | str | None]]]:
+    """(key, by extension an image's record, a text, or None for what is neither), as the members come."""
+    key, found = "", dict[str, "Record | str | None"]()
+    for member in archive:
+        if not member.isfile():
+            continue
+        folder, slash, name = member.name.rpartition("/")
+        stem, _, extension = name.partition(".")
+        if folder + slash + stem != key or extension in found:
+            if found:
+                yield key, found
+            key, found = folder + slash + stem, {}
+        found[extension] = None
+        path = f"{shown}#{member.name}"
+        if f".{extension.lower()}" in SUFFIXES:
+            fits = member.size <= MAX_BYTES
+            source = Blob(name, content(archive, member)) if fits else f"it has {member.size:,} bytes; write it again"
+            found[extension] = Record(path, None, source)
+        elif member.size <= MAX_TEXT:
+            with contextlib.suppress(UnicodeDecodeError):
+                found[extension] = content(archive, member).decode()
+    if found:
+        yield key, found
+
+
+def read_tar(shard: Shard) -> Iterator[Chunk]:
+    """WebDataset: neighbours of one name up to its first dot are a sample; its texts are the metadata of its images."""
+    system = resolve(shard.root)[0]
+    records: list[Record] = []
+    metadata: list[dict[str, str]] = []
+    held = 0
+    with (
+        system.open_input_stream(shard.path, compression=None, buffer_size=BUFFER) as stream,
+        tarfile.open(fileobj=stream, mode="r|*", tarinfo=WholeArchive) as archive,
+    ):
+        for key, members in samples(archive, shard.shown):
+            fields = {"key": key} | {name: member for name, member in members.items() if isinstance(member, str)}
+            images = [member for member in members.values() if isinstance(member, Record)]
+            if not images:
+                found = ", ".join(members)
+                reason = f"no image among its members {found:.200}; expected png or the like after the name's first dot"
+                images = [Record(f"{shard.shown}#{key}", None, reason)]
+            records += images
+            metadata += [fields] * len(images)
+            held += sum(len(one.source.content) for one in images if isinstance(one.source, Blob))
+            if len(records) >= CHUNK or held >= CHUNK_BYTES:
+                yield records, texts(metadata)
+                records, metadata, held = [], [], 0
+    if records:
+        yield records, texts(metadata)

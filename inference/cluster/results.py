@@ -1,0 +1,137 @@
+"""The output folder of a cluster's run: one Parquet file of answers per shard, whole or not there at all.
+
+`<shard>.parquet` has the columns of the local command's CSV file, then the input's own; `_errors/<shard>.parquet` has
+path, page and reason of what could not be scored; `_job.json` says which ensemble answered. Readers of a folder of
+Parquet files pass over names that begin with `_` or a dot.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import uuid
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from ..contract import CLASSES
+from ..errors import UserError
+from ..manifest import Manifest
+from .shards import one_line, resolve
+
+if TYPE_CHECKING:
+    from ..ensemble import Prediction
+
+STORES = ("s3", "gcs", "abfs")  # an object appears when it is complete; elsewhere a rename makes it so
+ERRORS = pa.schema({"path": pa.string(), "page": pa.int32(), "reason": pa.string()})
+Error = tuple[str, int | None, str]
+
+
+class Results:
+    def __init__(self, location: str, expected: bool = False) -> None:
+        """location: a folder or a URI; made where it does not exist, but UserError where it is `expected`, claimed."""
+        self.system, folder, _ = resolve(location)
+        self.folder = folder.rstrip("/")
+        self.rename = self.system.type_name not in STORES
+        if expected and not self.system.get_file_info(f"{self.folder}/_job.json").is_file:
+            raise UserError(f"{location} is not the run's output on {platform.node()}; expected it shared by all nodes")
+        try:
+            self.system.create_dir(f"{self.folder}/_errors", recursive=True)
+        except OSError as error:
+            raise UserError(f"{location} cannot be written ({one_line(error)}); name another folder") from None
+
+    def claim(self, job: dict[str, Any]) -> None:
+        """Refuse an output whose answers come from another `job`; mark an empty one as this job's."""
+        file = f"{self.folder}/_job.json"
+        try:
+            with self.system.open_input_stream(file) as stream:
+                found = json.loads(stream.read())
+        except FileNotFoundError:
+            found = None
+        except ValueError:
+            raise UserError(f"{file} is damaged; expected {json.dumps(job)}; name another --output") from None
+        if found is None and self.shards():
+            raise UserError(f"{self.folder} holds other Parquet files; expected an empty folder; name another --output")
+        for key, value in job.items():
+            if found is not None and found.get(key) != value:
+                raise UserError(f"{self.folder} holds answers with {key} {found.get(key)}; this run has {value}; "
+                                f"name another --output, or use the same {key}")  # fmt: skip
+        if found is None:
+            self.put("_job.json", json.dumps(job).encode())
+
+    def shards(self, folder: str = "") -> set[str]:
+        """The shards that have a file in the output, or in a folder of it."""
+        listed = self.system.get_file_info(fs.FileSelector(self.folder + folder, allow_not_found=True))
+        # an empty file is what a machine that lost its power may leave
+        names = (info.base_name for info in listed if info.is_file and info.size and info.base_name[0] not in "._")
+        return {name.removesuffix(".parquet") for name in names if name.endswith(".parquet")}
+
+    def put(self, name: str, content: Any) -> None:
+        target = f"{self.folder}/{name}"
+        written = f"{self.folder}/.{uuid.uuid4().hex}.partial" if self.rename else target
+        with self.system.open_output_stream(written, compression=None) as stream:
+            stream.write(content)
+        if self.system.type_name == "local":  # on the disk before it has its name
+            with open(written, "rb") as stream:
+                os.fsync(stream.fileno())
+        if self.rename:
+            self.system.move(written, target)
+
+    def put_table(self, name: str, table: pa.Table) -> None:
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        self.put(f"{name}.parquet", sink.getvalue())
+
+    def finish(self, shard: str, answers: pa.Table, errors: Sequence[Error]) -> None:
+        """The answers come last: a shard that has them is finished."""
+        self.note(shard, errors)
+        self.put_table(shard, answers)
+
+    def note(self, shard: str, errors: Sequence[Error]) -> None:
+        """The shard's error table, or none where an earlier run left one."""
+        if errors:
+            rows = [dict(zip(ERRORS.names, error, strict=True)) for error in errors]
+            self.put_table(f"_errors/{shard}", pa.Table.from_pylist(rows, ERRORS))
+        elif self.system.get_file_info(f"{self.folder}/_errors/{shard}.parquet").is_file:
+            self.forget(shard)
+
+    def forget(self, shard: str) -> None:
+        self.system.delete_file(f"{self.folder}/_errors/{shard}.parquet")
+
+    def errors(self, shard: str) -> list[Error]:
+        with self.system.open_input_file(f"{self.folder}/_errors/{shard}.parquet") as stream:
+            return [(row["path"], row["page"], row["reason"]) for row in pq.read_table(stream).to_pylist()]
+
+
+def answers(
+    pages: Sequence[tuple[str, int]],
+    prediction: Prediction | None,
+    manifest: Manifest,
+    ensemble: str,
+    metadata: pa.Table,
+) -> pa.Table:
+    """A row for each (path, page), with its prediction and its row of the metadata.
+
+    A column of the input that has a name of ours gets `input_` before it.
+    """
+    p = prediction.p_atypical if prediction else np.empty(0)
+    fold_p = prediction.fold_p if prediction else np.empty((len(manifest.folds), 0))
+    columns: dict[str, Any] = {
+        "path": pa.array([path for path, _ in pages], pa.string()),
+        "page": pa.array([page for _, page in pages], pa.int32()),
+        "p_atypical": pa.array(p, pa.float64()),
+        "class": pa.array([CLASSES[int(one >= manifest.threshold)] for one in p], pa.string()),
+        **{f"fold_{n}": pa.array(one, pa.float64()) for n, one in enumerate(fold_p)},
+        "spread": pa.array(prediction.spread if prediction else p, pa.float64()),
+        "ensemble": pa.array([ensemble] * len(p), pa.string()),
+    }
+    for name, column in zip(metadata.column_names, metadata.columns, strict=True):
+        while name in columns:
+            name = f"input_{name}"
+        columns[name] = column
+    return pa.table(columns)

@@ -1,0 +1,204 @@
+"""What a cluster works on: shards, parts of the input that one worker reads from front to end.
+
+A shard is a tar file, some row groups of a Parquet file, or a slice of the image files of a folder or a table. Its name
+comes from its source and from what lies there (sizes, times, range): every run over the same input finds the same
+shards, and a source that was changed is told from the one that was scored.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from ..errors import UserError
+from ..imageio.listing import PATH_COLUMNS, SUFFIXES, list_crops
+
+TARS = (".tar", ".tar.gz", ".tgz")
+KINDS = (".parquet", *TARS, *SUFFIXES)
+# what reading a damaged or missing file raises
+UNREADABLE = (UserError, OSError, EOFError, zlib.error, tarfile.TarError, pa.ArrowException)
+Item = tuple[str, int | None, dict[str, str]]  # path, page (None: all), metadata
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One unit of work.
+
+    name: of its files in the output, `<readable part>-<source>-<content>`
+    root: the path or URI that was given, which tells the file system; path: within it; shown: how people know it
+    groups: first and last row group (excluded), row: the first one's number, image: the column with the bytes
+    items: the image files
+    """
+
+    name: str
+    kind: str  # tar, parquet or files
+    root: str
+    path: str
+    shown: str
+    groups: tuple[int, int] = (0, 0)
+    row: int = 0
+    image: str = ""
+    items: Sequence[Item] = ()
+
+
+def resolve(location: str) -> tuple[fs.FileSystem, str, str]:
+    """A file system, the path in it, and what to put before such a path to show it. UserError where there is none."""
+    if "://" not in location:
+        return fs.LocalFileSystem(), os.path.abspath(location), ""
+    try:
+        system, path = fs.FileSystem.from_uri(location)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = one_line(error)
+        raise UserError(f"{location}: {reason}; expected a path or a URI of file, s3, gs or hdfs; mend it") from None
+    return system, path, "" if system.type_name == "local" else location.partition("://")[0] + "://"
+
+
+def one_line(error: object) -> str:
+    return " ".join(str(error).split())[:400]
+
+
+def digest(*parts: object) -> str:
+    return hashlib.sha256("\n".join(map(str, parts)).encode("utf-8", "surrogateescape")).hexdigest()[:10]
+
+
+def shard_name(shown: str, *content: object) -> str:
+    stem = re.sub(r"[^A-Za-z0-9._]+", "_", shown.rpartition("/")[2])[:40].lstrip("._")
+    return f"{stem or 'shard'}-{digest(shown)}-{digest(*content)}"
+
+
+def source_of(name: str) -> str:
+    """The part of a shard's name that stays when its source is changed."""
+    return name.rpartition("-")[0].rpartition("-")[2]
+
+
+def stamp(info: fs.FileInfo) -> str:
+    return f"{info.size} {info.mtime_ns}"
+
+
+def walk(system: fs.FileSystem, folder: str) -> list[fs.FileInfo]:
+    """All files below `folder` that may hold crops, by name; hidden ones, and what begins with _, are left out."""
+    if system.type_name == "local":  # links to folders are not followed, as by the local command
+        found = system.get_file_info([os.path.join(root, name) for root, _, names in os.walk(folder) for name in names])
+    else:
+        found = system.get_file_info(fs.FileSelector(folder, recursive=True))
+    inside = [info for info in found if info.is_file]
+    shown = (info for info in inside if not re.search(r"(^|/)[._]", info.path[len(folder) :].lstrip("/")))
+    return sorted((info for info in shown if info.path.lower().endswith(KINDS)), key=lambda info: info.path)
+
+
+def plan(locations: Sequence[str], size: int, image: str | None) -> tuple[list[Shard], dict[str, tuple[str, str]]]:
+    """All shards of the given files, folders and tables, each once; and by name, Parquet files that gave none and why.
+
+    size: crops of a shard (a tar stays whole, and so does a row group); image: the Parquet column with the bytes.
+    UserError where a location does not exist or holds no crops.
+    """
+    shards: list[Shard] = []
+    failed: dict[str, tuple[str, str]] = {}
+    for location in locations:
+        system, path, scheme = resolve(location)
+        try:
+            info = system.get_file_info(path)
+            found = walk(system, path) if info.type == fs.FileType.Directory else [info]
+        except UnicodeError:
+            raise UserError(f"{location} holds a name that is not UTF-8; expected one that is; rename it") from None
+        except OSError as error:
+            raise UserError(
+                f"{location} cannot be listed ({one_line(error)}); check the address and the rights"
+            ) from None
+        if info.type == fs.FileType.NotFound:
+            raise UserError(f"{location} does not exist; expected a file, a folder or a URI; check the path")
+        if info.is_file and path.lower().endswith(".csv"):
+            if scheme:
+                raise UserError(f"{location} is a table in a store; expected a local one; copy it, or use Parquet")
+            shards += table_shards(location, path, stamp(info), size)
+            continue
+        images = [one for one in found if one.path.lower().endswith(SUFFIXES)]
+        tars = [one for one in found if one.path.lower().endswith(TARS)]
+        tables = [one for one in found if one.path.lower().endswith(".parquet")]
+        if not (images or tars or tables):
+            raise UserError(f"no crops in {location}; expected {', '.join(KINDS)} or .csv; check the path")
+        for n in range(0, len(images), size):
+            part = images[n : n + size]
+            name = shard_name(scheme + path, size, n, *(f"{one.path} {stamp(one)}" for one in part))
+            items: list[Item] = [(one.path, None, {}) for one in part]
+            shards.append(Shard(name, "files", location, path, scheme + path, items=items))
+        for one in tars:
+            shown = scheme + one.path
+            shards.append(Shard(shard_name(shown, stamp(one)), "tar", location, one.path, shown))
+        with ThreadPoolExecutor(16) as pool:  # footers, for which a store may take its time
+            futures = {
+                one.path: pool.submit(parquet_shards, system, one, location, scheme + one.path, size, image)
+                for one in tables
+            }
+        for file, future in futures.items():
+            try:
+                shards += future.result()
+            except UNREADABLE as error:
+                failed[shard_name(scheme + file)] = scheme + file, one_line(error)
+    if failed and not shards:
+        file, reason = next(iter(failed.values()))
+        raise UserError(f"none of {len(failed):,} files can be read; {file}: {reason}")
+    return list({shard.name: shard for shard in shards}.values()), failed
+
+
+def table_shards(location: str, path: str, content: str, size: int) -> list[Shard]:
+    """Slices of a CSV file; its other columns are metadata, as text."""
+    items = list_crops([Path(path)])
+    with open(path, newline="", encoding="utf-8-sig") as stream:
+        rows = list(csv.DictReader(stream))
+    known = next(name for name in PATH_COLUMNS if name in rows[0])
+    others = [name for name in rows[0] if name not in (known, "page")]
+    entries: list[Item] = [
+        (item.path, item.page, {name: row[name] for name in others}) for item, row in zip(items, rows, strict=True)
+    ]
+    return [
+        Shard(shard_name(path, content, size, n), "files", location, path, path, items=entries[n : n + size])
+        for n in range(0, len(entries), size)
+    ]
+
+
+def parquet_shards(
+    system: fs.FileSystem, info: fs.FileInfo, root: str, shown: str, size: int, image: str | None
+) -> list[Shard]:
+    """Runs of row groups of at most `size` rows together, or of one group that is larger."""
+    with system.open_input_file(info.path) as stream:
+        file = pq.ParquetFile(stream)
+        column = image_column(file.schema_arrow, image)
+        rows = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
+    shards, first, start = [], 0, 0
+    for last in range(1, len(rows) + 1):
+        if last == len(rows) or sum(rows[first : last + 1]) > size:
+            name = shard_name(shown, stamp(info), column, first, last)
+            shards.append(Shard(name, "parquet", root, info.path, shown, (first, last), start, column))
+            first, start = last, start + sum(rows[first:last])
+    return shards
+
+
+def image_column(schema: pa.Schema, wanted: str | None) -> str:
+    """The column with image files' bytes: binary, or a struct with a binary field `bytes` (as Hugging Face writes)."""
+
+    def holds_bytes(kind: pa.DataType) -> bool:
+        if pa.types.is_struct(kind):
+            return kind.get_field_index("bytes") >= 0 and holds_bytes(kind.field("bytes").type)
+        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+    names = [field.name for field in schema if holds_bytes(field.type)]
+    if wanted is None and len(names) == 1:
+        return names[0]
+    if wanted in names:
+        return str(wanted)
+    raise UserError(
+        f"columns with bytes: {', '.join(names) or 'none'}; expected {wanted or 'one'}; name it with --image"
+    )

@@ -1,0 +1,189 @@
+"""The report of a run: one HTML file with every crop, its answer and the ensemble's card, that opens from disk.
+
+Nothing in it is fetched (its own policy forbids it), so it can be mailed, archived and opened in a closed network. It
+is made of report.html, page.css, report.css, report.js and charts.js in this folder, and two blocks of JSON.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from ..manifest import Manifest
+    from .attribution import Attribution
+
+HERE = Path(__file__).parent
+SIDE = 128  # pixels of a picture's longer side: a crop of the challenge as it is
+QUALITY = 70  # WebP: 2 kB a crop, and no difference that a person would see
+
+
+@dataclass(frozen=True)
+class Row:
+    """One crop's answer: p_atypical and fold_p (F) in [0, 1]; label 1 (atypical), 0 (normal) or None (not known)."""
+
+    path: str
+    page: int
+    p_atypical: float
+    fold_p: tuple[float, ...]
+    label: int | None = None
+    domain: str = ""
+
+    @property
+    def spread(self) -> float:
+        """Largest minus smallest fold; 0 where the folds are not known."""
+        return max(self.fold_p, default=0.0) - min(self.fold_p, default=0.0)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A crop as the report keeps it: WebP bytes of at most SIDE pixels a side, and the crop's own width and height."""
+
+    webp: bytes
+    width: int
+    height: int
+
+
+def picture(crop: np.ndarray) -> Picture:
+    """uint8 (H, W, 3) to what the report keeps, 25 times smaller."""
+    from PIL import Image
+
+    image = Image.fromarray(crop)
+    width, height = image.size
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    image.save(stream, "WEBP", quality=QUALITY, method=2)
+    return Picture(stream.getvalue(), width, height)
+
+
+def write_report(
+    rows: Sequence[Row], crops: Iterable[np.ndarray | Picture], manifest: Manifest | None, file: Path, *,
+    title: str = "", threshold: float | None = None, settings: dict[str, str] | None = None,
+    attributions: Sequence[Attribution | None] | None = None,
+) -> Path:  # fmt: skip
+    """Write the report of `rows` to `file`, whole or not at all.
+
+    crops: one for each row, in the same order; an iterator is read once, so they need not fit into memory
+    manifest: of the ensemble that answered, or None where it is not at hand; then `threshold` is needed
+    title: of the page, such as the folder's name; settings: further lines for the card ("device": "cpu")
+    attributions: one for each row or None, from `inference.report.attribution`
+    """
+    if not rows:
+        raise UserError("the report has no crops; expected one or more; check the input")
+    threshold = manifest.threshold if manifest and threshold is None else threshold
+    if threshold is None:
+        raise UserError("the report has no threshold; expected a manifest or a threshold; give one")
+    pictures = [crop if isinstance(crop, Picture) else picture(crop) for crop in crops]
+    if len(pictures) != len(rows):
+        raise ValueError(f"{len(pictures)} crops for {len(rows)} rows")
+    domains = sorted({row.domain for row in rows if row.domain})
+    figures: dict[str, Any] = {
+        "threshold": threshold,
+        "kept": manifest.preprocess["crop"] if manifest else None,
+        "domains": domains,
+        "path": [row.path for row in rows],
+        "page": [row.page for row in rows],
+        "p": [row.p_atypical for row in rows],
+        "folds": [list(row.fold_p) for row in rows],
+        "label": [row.label for row in rows],
+        "domain": [domains.index(row.domain) if row.domain else -1 for row in rows],
+        "size": [(one.width, one.height) for one in pictures],
+        "maps": [one and one.packed() for one in attributions] if attributions else [],
+    }
+    images = [base64.b64encode(one.webp).decode() for one in pictures]
+    title = title or "Crops"
+    parts = {
+        "TITLE": escape(title),
+        "STYLE": read("page.css") + read("report.css"),
+        "CARD": card(manifest, threshold, settings or {}),
+        "NAME": escape(manifest.name if manifest else "not known"),
+        "SUMMARY": escape(f"{manifest.backbone}, {len(manifest.folds)} folds" if manifest else ""),
+        "FIGURES": as_script(figures),
+        "IMAGES": as_script(images),
+        "SCRIPT": read("charts.js") + read("report.js"),
+    }
+    page = "".join(  # split first: what is put in is never searched for placeholders
+        parts[piece] if number % 2 else piece for number, piece in enumerate(read("report.html").split("@@"))
+    )
+    write_whole(file, page)
+    return file
+
+
+def read(name: str) -> str:
+    return (HERE / name).read_text(encoding="utf-8")
+
+
+def escape(text: object) -> str:
+    """For HTML text and attributes."""
+    import html
+
+    return html.escape(str(text))
+
+
+def as_script(content: Any) -> str:
+    """JSON that cannot end its <script> element, whatever a file is called."""
+    return json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def write_whole(file: Path, text: str) -> None:
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        try:
+            # a path that is not UTF-8 reaches Python as lone surrogates, which cannot be written
+            partial.write_text(text, encoding="utf-8", errors="replace")
+            os.replace(partial, file)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {file} ({error.strerror}); expected a writable folder; name another") from None
+
+
+def card(manifest: Manifest | None, threshold: float, settings: dict[str, str]) -> str:
+    """The ensemble's card as a list of terms: what answered, how it was set, how well it did out of fold."""
+    lines: list[tuple[str, str]] = []
+    if manifest:
+        lines = [
+            ("Ensemble", manifest.name),
+            ("Backbone", f"{manifest.backbone}, {manifest.pool} pooling"),
+            ("Folds", str(len(manifest.folds))),
+            ("Input", describe_input(manifest.preprocess)),
+            ("Views", {"none": "1", "rot4": "4 (rotations)", "d4": "8 (rotations and mirror images)"}[manifest.tta]),
+            ("Averaging", f"mean {manifest.averaging}, temperature {manifest.temperature:g}"),
+        ]
+    lines.append(("Threshold", f"{threshold:g}: atypical from there on"))
+    lines += describe_out_of_fold(manifest.provenance.get("out_of_fold")) if manifest else []
+    lines += [(name.capitalize(), value) for name, value in settings.items()]
+    if manifest:
+        lines += [(f"Licence: {key.replace('_', ' ')}", str(value)) for key, value in manifest.licence.items()]
+    return "\n".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in lines)
+
+
+def describe_input(preprocess: dict[str, Any]) -> str:
+    kept = f"central {preprocess['crop']} pixels" if preprocess["crop"] else "central square"
+    return f"{kept} of a crop, resized to {preprocess['size']} ({preprocess['kernel']})"
+
+
+def describe_out_of_fold(scores: Any) -> list[tuple[str, str]]:
+    """Lines from the manifest's provenance, whose content no schema fixes: what is not there is left out."""
+    if not isinstance(scores, dict):
+        return []
+    text = []
+    for key, name in (("balanced_accuracy", "balanced accuracy"), ("auc", "AUC")):
+        if isinstance(scores.get(key), float):
+            text.append(f"{name} {scores[key]:.3f}")
+            interval = scores.get(f"{key}_interval")
+            if isinstance(interval, list) and len(interval) == 2:
+                text[-1] += f" [{interval[0]:.3f}, {interval[1]:.3f}]"
+    if isinstance(scores.get("crops"), int):
+        text.append(f"{scores['crops']:,} crops")
+    return [("Out of fold", ", ".join(text))] if text else []

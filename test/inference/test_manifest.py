@@ -1,0 +1,159 @@
+"""The manifest of an ensemble folder: every entry is needed and checked, nothing leads out, nothing but safetensors."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inference.errors import UserError
+from inference.manifest import PICKLES, check_hashes, holds_ensemble, load_manifest, start_hash_check
+from test.support.stub import stub_manifest
+
+
+def rewrite(folder: Path, content: Any) -> None:
+    (folder / "ensemble.json").write_text(json.dumps(content))
+
+
+def test_loads_with_paths_and_hashes(tmp_path: Path) -> None:
+    assert not holds_ensemble(tmp_path)
+    stub_manifest(tmp_path, folds=3)
+    assert holds_ensemble(tmp_path)
+    manifest = load_manifest(tmp_path)
+    assert [fold.name for fold in manifest.folds] == ["fold0", "fold1", "fold2"]
+    assert manifest.base == tmp_path / "base.safetensors"
+    assert len(manifest.files) == 6
+    check_hashes([*manifest.files.items(), (manifest.base, manifest.base_sha256)])
+    start_hash_check(manifest).result()
+
+
+def paths(content: Any, at: tuple = ()) -> list[tuple]:
+    """The place of every entry that is checked, as keys from the top."""
+    if isinstance(content, dict) and at[:1] not in [("licence",), ("provenance",), ("precision",)]:
+        return [path for key, value in content.items() for path in [(*at, key), *paths(value, (*at, key))]]
+    return []
+
+
+def replaced(content: Any, path: tuple, value: Any) -> Any:
+    copy = json.loads(json.dumps(content))
+    place = copy
+    for key in path[:-1]:
+        place = place[key]
+    if value is KeyError:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    return copy
+
+
+def test_every_entry_is_needed_and_typed(tmp_path: Path) -> None:
+    content = stub_manifest(tmp_path)
+    places = [*paths(content), *(("folds", 0, *path) for path in paths(content["folds"][0]))]
+    assert len(places) > 20
+    for path in places:
+        for value in (KeyError, None, [], {}, "", -1, True, math.nan, "../../etc/passwd", [[]], "\0", "\ud800"):
+            if (path[0] in ("licence", "provenance", "precision") and value == {}) or (
+                path[-1] == "crop" and value is None
+            ):
+                continue
+            if path == ("name",) and value == "../../etc/passwd":  # a name is only printed
+                continue
+            if path == ("backbone",) and isinstance(value, str):  # the table of backbones judges it
+                continue
+            if path == ("format",) and value is True:  # equal to 1
+                continue
+            rewrite(tmp_path, replaced(content, path, value))
+            with pytest.raises(UserError, match="expected"):
+                load_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("temperature",), 0), (("temperature",), math.inf), (("threshold",), 0), (("threshold",), 1.0),
+        (("name",), "two\nlines"), (("name",), "\x1b[31mred"), (("name",), "x" * 101),
+        (("preprocess", "size"), 10**9), (("preprocess", "std"), [0.1, 0.1, 0]), (("preprocess", "extra"), 1),
+        (("preprocess", "mean"), [0.1, 0.1, math.nan]), (("precision",), {"fp8": 0.1}),
+        (("precision",), {"bf16": "low"}),
+        (("base", "file"), "base.pth"), (("base", "file"), ".hidden.safetensors"),
+        (("base", "file"), "a/b.safetensors"),
+        (("base", "sha256"), "A" * 64), (("folds", 0, "folder"), ".."), (("folds", 0, "folder"), "/etc"),
+        (("folds", 0, "folder"), "fold0/../fold0"), (("folds",), [1]), (("folds",), []),
+    ],
+)  # fmt: skip
+def test_refuses(path: tuple, value: Any, tmp_path: Path) -> None:
+    rewrite(tmp_path, replaced(stub_manifest(tmp_path), path, value))
+    with pytest.raises(UserError, match="expected"):
+        load_manifest(tmp_path)
+
+
+def test_refuses_a_fold_twice_and_too_many(tmp_path: Path) -> None:
+    content = stub_manifest(tmp_path)
+    rewrite(tmp_path, content | {"folds": content["folds"] * 2})
+    with pytest.raises(UserError, match="twice"):
+        load_manifest(tmp_path)
+    rewrite(tmp_path, content | {"folds": content["folds"] * 1000})
+    with pytest.raises(UserError, match="1000 folds"):
+        load_manifest(tmp_path)
+
+
+def test_refuses_what_is_no_manifest(tmp_path: Path) -> None:
+    stub_manifest(tmp_path)
+    file = tmp_path / "ensemble.json"
+    for content in (
+        b"",
+        b"[]",
+        b"1",
+        b"\xff",
+        b"{" * 100_000,
+        b'{"format": 2}',
+        b'{"format": "' + b"x" * 100_000 + b'"}',
+    ):
+        file.write_bytes(content)
+        with pytest.raises(UserError) as caught:
+            load_manifest(tmp_path)
+        assert len(str(caught.value)) < 500
+    file.unlink()
+    with pytest.raises(UserError, match=r"no ensemble\.json"):
+        load_manifest(tmp_path)
+    with file.open("wb") as stream:
+        stream.truncate(1 << 30)
+    with pytest.raises(UserError, match="expected at most"):
+        load_manifest(tmp_path)
+
+
+class Payload:
+    def __reduce__(self) -> tuple:
+        return (exec, ("raise SystemExit('a pickle was opened')",))
+
+
+@pytest.mark.parametrize("suffix", PICKLES)
+@pytest.mark.parametrize("place", [".", "fold0"])
+def test_a_pickle_in_the_folder_is_refused(suffix: str, place: str, tmp_path: Path) -> None:
+    stub_manifest(tmp_path)
+    load_manifest(tmp_path)
+    (tmp_path / place / f"adapter_model{suffix.upper()}").write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(UserError, match="may be a pickle"):
+        load_manifest(tmp_path)
+
+
+def test_altered_and_missing_files_are_found(tmp_path: Path) -> None:
+    stub_manifest(tmp_path)
+    manifest = load_manifest(tmp_path)
+    for file in (*manifest.files, manifest.base):
+        content = file.read_bytes()
+        for other in (content + b"x", content[:-1], bytes(len(content)), b""):
+            file.write_bytes(other)
+            with pytest.raises(UserError, match=f"{file.name} has SHA-256"):
+                start_hash_check(manifest).result()
+        file.unlink()
+        with pytest.raises(UserError, match="cannot be read"):
+            start_hash_check(manifest).result()
+        file.write_bytes(content)
+    manifest.base.unlink()
+    with pytest.raises(UserError, match=r"base weights base\.safetensors not found"):
+        load_manifest(tmp_path)

@@ -1,0 +1,80 @@
+"""The job's own forward passes against timm and PEFT, backbone by backbone."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from inference.adapters import Weights
+from inference.backbones import BACKBONES, Backbone, build
+from inference.ensemble import Ensemble
+from inference.models import logits
+from inference.preprocess import to_batch
+from test.support.miniature import make_ensemble, overrides
+
+# parameter counts without a head, as published (model cards; timm for the rest)
+PUBLISHED = {
+    "virchow": 631_229_184, "virchow2": 631_239_424, "uni": 303_350_784, "uni2-h": 681_394_176,
+    "h-optimus-0": 1_134_774_272, "dinov3-vith16plus": 840_509_440, "efficientnet-lite0": 3_371_008,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_full_size_has_the_published_parameters_and_targets(name):
+    row = BACKBONES[name]
+    with torch.device("meta"):
+        model = build(name, 0)
+    assert sum(p.numel() for p in model.parameters()) == row.params == PUBLISHED.get(name, row.params)
+    layers = [layer for layer, _ in model.named_modules()]
+    for targets, pattern in row.targets.items():
+        found = sum(bool(re.fullmatch(pattern, layer)) for layer in layers)
+        per_block = {"qkv": 1, "attn": 2, "all": 5 if row.family == "dinov3" else 4}
+        assert found == (row.depth * per_block[targets] if row.depth else found) > 0
+
+
+CASES = [(name, pool) for name in BACKBONES for pool in (("avg",) if "lite" in name else ("token", "avg", "token+avg"))]
+
+
+@pytest.mark.parametrize(("name", "pool"), CASES)
+def test_fused_folds_equal_peft(name, pool, tmp_path):
+    """Largest target set, native and another input size: logits within 1e-5 of merge_and_unload.
+
+    Where fp32 itself is coarser than that for these random weights (PEFT's own merge, against itself in fp64), within
+    twice its error.
+    """
+    row = BACKBONES[name]
+    models = make_ensemble(tmp_path, name, targets=list(row.targets)[-1], pool=pool)
+    folds = [tmp_path / f"fold{f}" for f in range(3)]
+    weights = Weights(tmp_path / "base.safetensors", folds, torch.device("cpu"), torch.float32)
+    merged = [model.merge_and_unload() for model in models]
+    torch.manual_seed(0)
+    patch = 14 if "14" in row.timm else 16
+    batches = [torch.randn(2, 3, size, size) for size in (row.size, row.size + 2 * patch)]
+    with torch.inference_mode():
+        found = [logits(x, weights, row, pool) for x in batches]
+        plain = [torch.stack([model(x)[:, 0] for model in merged]) for x in batches]
+        exact = [torch.stack([model.double()(x.double())[:, 0] for model in merged]) for x in batches]
+    for ours, theirs, true in zip(found, plain, exact, strict=True):
+        assert ours.shape == (3, 2)
+        assert true.std() > 1e-3  # the random ensemble does tell crops and folds apart
+        allowed = max(1e-5 * max(1.0, float(true.abs().max())), 2 * float((theirs - true).abs().max()))
+        assert (ours - true).abs().max() <= allowed
+
+
+def test_any_other_backbone_runs_through_timm(tmp_path, monkeypatch):
+    row = Backbone(timm="convnext_atto", family="other", pool="avg", size=64, params=0, licence="", source="",
+                   targets={"mlp": r"stages\.\d+\.blocks\.\d+\.mlp\.fc[12]"}, head="head.fc")  # fmt: skip
+    monkeypatch.setitem(BACKBONES, "convnext-atto", row)
+    models = make_ensemble(tmp_path, "convnext-atto")
+    crops = [np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)] * 2
+    ensemble = Ensemble.load(tmp_path, "cpu", "fp32")
+    with torch.inference_mode():
+        expected = torch.stack([model(to_batch(crops, ensemble.preprocess))[:, 0] for model in models])
+    assert np.allclose(ensemble.predict(crops).logits[:, 0], expected, atol=1e-5)
+
+
+def test_miniatures_are_small():
+    assert all("depth" in overrides(name) for name in BACKBONES if "lite" not in name)

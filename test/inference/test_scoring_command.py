@@ -1,0 +1,301 @@
+"""`python -m inference score`: every kind of input, runs that were stopped and continued, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from inference.ensemble import Ensemble
+from inference.errors import UserError
+from inference.imageio.listing import list_crops
+from inference.progress import Progress
+from inference.report.page import Row
+from inference.scoring import command as score
+from inference.scoring.table import Table
+from test.support.miniature import make_ensemble
+
+
+def noise(rng: np.random.Generator, pages: int) -> list[np.ndarray]:
+    return list(rng.integers(0, 256, (pages, 48, 48, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    make_ensemble(folder, threshold=0.45)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def crops(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[str, int], np.ndarray]]:
+    """A folder with every format, and what lies in it by path and page."""
+    folder, rng = tmp_path_factory.mktemp("crops"), np.random.default_rng(0)
+    known: dict[tuple[str, int], np.ndarray] = {}
+    for name in ("atypical/a.png", "normal/b.PNG", "normal/stack.tiff", "normal/three.mha"):
+        file = folder / name
+        file.parent.mkdir(exist_ok=True)
+        pages = noise(rng, 1 if name.lower().endswith("png") else 5)
+        if file.suffix == ".mha":
+            sitk.WriteImage(sitk.GetImageFromArray(np.stack(pages), isVector=True), str(file))
+        else:
+            images = [Image.fromarray(page) for page in pages]
+            images[0].save(file, save_all=len(images) > 1, append_images=images[1:]) if len(images) > 1 else images[
+                0
+            ].save(file)
+        known |= {(str(file), page): crop for page, crop in enumerate(pages)}
+    (folder / "notes.txt").write_text("no crop")
+    (folder / ".hidden.png").write_text("no crop")
+    return folder, known
+
+
+def run(weights: Path, *arguments: object) -> int:
+    return score.main([*map(str, arguments), "--weights", str(weights), "--device", "cpu", "--precision", "fp32"])
+
+
+def read(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_every_format_gets_the_answers_of_the_ensemble(weights, crops, tmp_path, capsys) -> None:
+    folder, known = crops
+    assert run(weights, folder, "--csv", tmp_path / "out.csv") == 0
+    rows = read(tmp_path / "out.csv")
+    assert [(row["path"], int(row["page"])) for row in rows] == list(known)
+    prediction = Ensemble.load(weights, "cpu", "fp32").predict(list(known.values()))
+    np.testing.assert_allclose([float(row["p_atypical"]) for row in rows], prediction.p_atypical, atol=1e-5)
+    np.testing.assert_allclose([float(row["fold_2"]) for row in rows], prediction.fold_p[2], atol=1e-5)
+    np.testing.assert_allclose([float(row["spread"]) for row in rows], prediction.spread, atol=1e-5)
+    assert all((row["class"] == "atypical") == (float(row["p_atypical"]) >= 0.45) for row in rows)
+    out, err = capsys.readouterr()
+    assert f"{len(known)} crops" in out and err == ""
+
+
+@pytest.mark.parametrize("lost", [1, 40, 700, 1400])
+def test_a_stopped_run_is_continued_to_the_same_file(weights, crops, tmp_path, lost, capsys) -> None:
+    folder, known = crops
+    whole, file = tmp_path / "whole.csv", tmp_path / "out.csv"
+    assert run(weights, folder, "--csv", whole) == 0
+    content = whole.read_bytes()
+    file.write_bytes(content[:-lost])
+    assert run(weights, folder, "--csv", file) == 0
+    assert [row["path"] + row["page"] for row in read(file)] == [f"{path}{page}" for path, page in known]
+    kept = content[:-lost].rindex(b"\n")
+    assert file.read_bytes()[:kept] == content[:kept]  # what was there is not touched
+    assert "known already" in capsys.readouterr().out
+
+
+def test_a_finished_run_loads_nothing_again(weights, crops, tmp_path, monkeypatch) -> None:
+    _, known = crops
+    last = tmp_path / "table.csv"  # pages asked for one by one: then the last file is known to be whole too
+    last.write_text("path,page\n" + "\n".join(f"{path},{page}" for path, page in known))
+    assert run(weights, last, "--csv", tmp_path / "out.csv") == 0
+    before = (tmp_path / "out.csv").read_bytes()
+    monkeypatch.setattr(Ensemble, "load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(score, "read_stack", lambda *_: pytest.fail("read"))
+    assert run(weights, last, "--csv", tmp_path / "out.csv") == 0
+    assert (tmp_path / "out.csv").read_bytes() == before
+
+
+def test_results_of_another_ensemble_are_refused(weights, crops, tmp_path) -> None:
+    file = tmp_path / "out.csv"
+    assert run(weights, crops[0] / "atypical", "--csv", file) == 0
+    other = tmp_path / "other"
+    other.mkdir()
+    for entry in weights.iterdir():
+        (other / entry.name).symlink_to(entry)
+    (other / "ensemble.json").unlink()
+    (other / "ensemble.json").write_text((weights / "ensemble.json").read_text().replace("0.45", "0.46"))
+    before = file.read_bytes()
+    with pytest.raises(UserError, match=r"expected ensemble [0-9a-f]{12}; name another CSV file"):
+        run(other, crops[0] / "atypical", "--csv", file)
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["path,label\na.png,1", "hello", "path,page,p_atypical\n", "\x89PNG\r\n\x1a\n"])
+def test_a_file_that_is_no_result_is_left_as_it_is(weights, crops, tmp_path, content) -> None:
+    file = tmp_path / "mine.csv"
+    file.write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match="name another CSV file"):
+        run(weights, crops[0], "--csv", file)
+    assert file.read_bytes() == content.encode("latin-1")
+
+
+ROWS = [Row(f'a "quoted", {n}\u00e4.png', n % 3, n / 7, (n / 9, n / 8)) for n in range(6)]
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_result_cut_anywhere_is_mended(tmp_path_factory, data) -> None:
+    folder = tmp_path_factory.mktemp("cut")
+    (folder / "ensemble.json").write_text("{}")
+    manifest = load_like(folder)
+    file = folder / "out.csv"
+    Table(file, manifest).append(ROWS)
+    whole = file.read_bytes()
+    cut = data.draw(st.integers(0, len(whole)))
+    file.write_bytes(whole[:cut])
+    table = Table(file, manifest)
+    done = [row for rows in table.done.values() for row in rows.values()]
+    assert done == ROWS[: len(done)]
+    table.append(ROWS[len(done) :])
+    assert file.read_bytes() == whole
+
+
+def load_like(folder: Path):
+    """What a table needs of a manifest: a folder to hash, the folds and the threshold."""
+    from types import SimpleNamespace
+
+    return SimpleNamespace(folder=folder, folds=(1, 2), threshold=0.5)
+
+
+def test_unreadable_files_are_named_and_counted(weights, crops, tmp_path, capsys) -> None:
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "broken.png").write_bytes((crops[0] / "atypical/a.png").read_bytes()[:-500])
+    good = tmp_path / "good.png"
+    good.write_bytes((crops[0] / "atypical/a.png").read_bytes())
+    out = tmp_path / "out.csv"
+    assert run(weights, tmp_path, "--csv", out, "--report", tmp_path / "out.html") == score.UNREADABLE
+    assert [row["path"] for row in read(out)] == [str(good)]
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 3 and err[0].startswith("not scored: ") and "empty.png" in err[1]
+    assert err[2] == "2 of 3 files could not be read"
+    good.unlink()
+    with pytest.raises(UserError, match="none of 2 files"):
+        run(weights, tmp_path, "--csv", tmp_path / "none.csv")
+
+
+def test_a_table_brings_pages_labels_and_domains(weights, crops, tmp_path, capsys) -> None:
+    folder, _ = crops
+    table = folder / "table.csv"
+    table.write_text(
+        "image,page,truth,domain\nnormal/stack.tiff,3,AMF,x\natypical/a.png,,Normal,y\n"
+        "normal/stack.tiff,0,0,x\nnormal/b.PNG,,,y\n",
+        encoding="utf-8-sig",
+    )
+    try:
+        items = list_crops([table], labels="truth")
+        assert [(item.page, item.label, item.domain) for item in items] == [
+            (3, 1, "x"), (None, 0, "y"), (0, 0, "x"), (None, None, "y")]  # fmt: skip
+        assert run(weights, table, "--labels", "truth", "--csv", tmp_path / "out.csv") == 0
+    finally:
+        table.unlink()
+    assert [row["page"] for row in read(tmp_path / "out.csv")] == ["3", "0", "0", "0"]
+    assert "3 labelled (1 atypical): balanced accuracy" in capsys.readouterr().out
+
+
+def test_folders_can_be_labels(crops) -> None:
+    items = list_crops([crops[0]], labels="@folder", domains="@folder")
+    assert [(item.label, item.domain) for item in items] == [(1, "atypical")] + [(0, "normal")] * 3
+
+
+@pytest.mark.parametrize(
+    ("content", "labels", "message"),
+    [
+        ("name,label\na.png,1\n", None, "has the columns .* expected one of path"),
+        ("path\na.png\n", "truth", "has no column 'truth'"),
+        ("path,label\na.png,perhaps\n", "label", "row 2: label is 'perhaps'"),
+        ("path,page\na.png,-1\n", None, "page is '-1'"),
+        ("path,page\na.png\n", None, "row 2 has not 2 fields"),
+        ("", None, "has the columns"),
+    ],
+)
+def test_tables_that_make_no_sense_are_refused(tmp_path, content, labels, message) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text(content)
+    with pytest.raises(UserError, match=message):
+        list_crops([table], labels)
+
+
+def test_nothing_to_score_is_an_error(tmp_path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        list_crops([tmp_path / "missing"])
+    with pytest.raises(UserError, match="no crops in"):
+        list_crops([tmp_path])
+
+
+def test_figures_are_scikit_learns() -> None:
+    from sklearn.metrics import balanced_accuracy_score, recall_score, roc_auc_score
+
+    rng = np.random.default_rng(1)
+    labels, p = rng.integers(0, 2, 300), rng.integers(0, 20, 300) / 20  # with ties
+    found = score.figures(p, labels, 0.35)
+    assert found["AUC"] == pytest.approx(roc_auc_score(labels, p))
+    assert found["balanced accuracy"] == pytest.approx(balanced_accuracy_score(labels, p >= 0.35))
+    assert found["sensitivity"] == pytest.approx(recall_score(labels, p >= 0.35))
+    assert set(score.figures(p, labels * 0, 0.5).values()) == {None}
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(weights, crops, tmp_path) -> None:
+    with pytest.raises(UserError, match="cannot be written"):
+        run(weights, crops[0], "--csv", tmp_path / "out.csv", "--report", tmp_path / "missing" / "out.html")
+    with pytest.raises(UserError, match="expected --report FILE too"):
+        run(weights, crops[0], "--attribution")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_maps_of_the_crops_most_worth_a_look(weights, crops, tmp_path, monkeypatch) -> None:
+    """With labels the worst mistake first; the page holds as many maps as were asked for."""
+    monkeypatch.setattr("inference.report.attribution.GRID", 2)
+    out, report = tmp_path / "out.csv", tmp_path / "out.html"
+    assert run(weights, crops[0], "--labels", "@folder", "--csv", out, "--report", report, "--attribution", 3) == 0
+    data = json.loads(re.search(r'id="data">(.*?)</script>', report.read_text())[1])
+    rows = [(float(row["p_atypical"]), "/atypical/" in row["path"]) for row in read(out)]
+    order = score.most_worth_a_look([Row("", 0, p, (), int(atypical)) for p, atypical in rows], 0.45)
+    assert {n for n, one in enumerate(data["maps"]) if one} == set(order[:3])
+    assert data["label"] == [int(atypical) for _, atypical in rows]
+
+
+def test_mistakes_are_most_worth_a_look() -> None:
+    cases = [(0.9, 1), (0.46, None), (0.6, 0), (0.1, 1), (0.43, 0), (0.05, None)]
+    rows = [Row("", 0, p, (), label) for p, label in cases]
+    assert score.most_worth_a_look(rows, 0.45) == [3, 2, 1, 4, 5, 0]
+
+
+def test_progress_is_for_terminals_only() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal, log = Terminal(), io.StringIO()
+    for stream in (terminal, log):
+        progress = Progress(10, "files", stream)
+        progress.start -= 30  # half a minute ago
+        progress.show(5, 5, 600)
+        progress.clear()
+    assert "5 of 10 files" in terminal.getvalue() and "crops/s, 0:00:30 left" in terminal.getvalue()
+    assert terminal.getvalue().endswith("\r\x1b[K") and log.getvalue() == ""
+
+
+def test_the_command_itself(weights, crops) -> None:
+    """Without --csv and --report the rows go to stdout, the summary to stderr; a refusal is one line and code 1."""
+    command = [sys.executable, "-m", "inference", "score", "--weights", str(weights), "--device", "cpu"]
+    done = subprocess.run([*command, str(crops[0] / "atypical")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].startswith("path,page,p_atypical,class,fold_0,fold_1,fold_2,spread")
+    assert done.stderr.startswith("1 crops (")
+    refused = subprocess.run([*command, "missing.png"], capture_output=True, text=True)
+    assert refused.returncode == 1 and len(refused.stderr.splitlines()) == 1
+
+
+def test_what_needs_no_network_imports_no_torch() -> None:
+    code = "import sys, inference.scoring.command; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_manifest_is_read_before_anything_is_written(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"no ensemble\.json"):
+        run(tmp_path, tmp_path, "--csv", tmp_path / "out.csv")
+    assert not (tmp_path / "out.csv").exists()

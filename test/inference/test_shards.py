@@ -1,0 +1,96 @@
+"""What a cluster is given to work on: shards by name and content, and options that are refused. No Ray is started."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from inference.cluster.records import read_shard
+from inference.cluster.shards import UNREADABLE, plan, source_of
+from inference.errors import UserError
+from inference.scoring import command as score
+from test.support.shard_files import CROPS, arguments, run, write_parquet, write_tar
+
+
+def test_a_tar_that_was_cut_is_never_taken_for_a_shorter_one(blobs, tmp_path) -> None:
+    """Wherever it was cut; tarfile itself takes a cut between two members for the end."""
+    file = write_tar(tmp_path / "a.tar", blobs[:3])
+    whole = file.read_bytes()
+    with tarfile.open(file) as archive:
+        end = archive.getmembers()[-1].offset_data + 512
+        cuts = [*(member.offset for member in archive.getmembers()), end]
+    shard = plan([str(file)], 10, None)[0][0]
+    assert sum(len(records) for records, _ in read_shard(shard)) == 3
+    for cut in (*cuts, *range(0, end, 997)):
+        file.write_bytes(whole[:cut])
+        with pytest.raises(UNREADABLE):
+            list(read_shard(shard))
+    file.write_bytes(whole[: cuts[2]] + b"damaged!" + whole[cuts[2] + 8 :])
+    with pytest.raises(UNREADABLE, match="cut off or damaged"):
+        list(read_shard(shard))
+
+
+def test_shards_keep_their_names_and_miss_no_row(blobs, tmp_path) -> None:
+    """Over uneven row groups; the same names from another start, other names when the file was changed."""
+    file = tmp_path / "a.parquet"
+    table = pa.table({"image": [{"bytes": blob, "path": f"{n}.png"} for n, blob in enumerate(blobs)],
+                      "path": [f"crop {n}" for n in range(CROPS)]})  # fmt: skip
+    with pq.ParquetWriter(file, table.schema) as out:
+        for begin, end in ((0, 1), (1, 25), (25, 25), (25, 32), (32, 33), (33, 60)):
+            out.write_table(table[begin:end])
+    shards, failed = plan([str(file), file.as_uri()], 10, None)
+    names = [shard.name for shard in shards]
+    assert not failed and names == [shard.name for shard in plan([str(file)], 10, None)[0]]
+    chunks = [chunk for shard in shards for chunk in read_shard(shard)]
+    assert [record.path for records, _ in chunks for record in records] == [f"crop {n}" for n in range(CROPS)]
+    assert [name for _, metadata in chunks for name in metadata["image_path"].to_pylist()] == [
+        f"{n}.png" for n in range(CROPS)
+    ]
+    sizes = [sum(len(records) for records, _ in read_shard(shard)) for shard in shards]
+    assert sizes == [1, 24, 8, 27]
+    os.utime(file, ns=(0, 0))
+    changed = plan([str(file)], 10, None)[0]
+    assert not {shard.name for shard in changed} & set(names)
+    assert {source_of(shard.name) for shard in changed} == {source_of(name) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--csv", "a.csv"], "--csv with --ray"),
+        (["--report", "a.html"], "--report with --ray"),
+        (["--attribution"], "--attribution with --ray"),
+        (["--shard", "0"], "expected 1 or more"),
+        (["--image", "other"], "columns with bytes: image; expected other"),
+        (["missing"], "missing does not exist"),
+        (["ftp://somewhere/x"], "expected a path or a URI"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_ray_starts(miniature, blobs, tmp_path, more, message) -> None:
+    file = write_parquet(tmp_path / "a.parquet", blobs[:3])
+    with pytest.raises(UserError, match=message):
+        run("nowhere:1", miniature, tmp_path / "out", file, *more)
+
+
+def test_options_of_a_cluster_need_one(miniature, tmp_path) -> None:
+    for more in (["--output", "x"], ["--workers", "2"], ["--shard", "5"], ["--image", "x"]):
+        with pytest.raises(UserError, match=f"{more[0]} without --ray"):
+            score.main([str(tmp_path), "--weights", str(miniature), *more])
+    with pytest.raises(UserError, match="--ray without --output"):
+        score.main([str(tmp_path), "--weights", str(miniature), "--ray", "local"])
+
+
+def test_without_ray_one_line_says_what_to_install(miniature, tmp_path) -> None:
+    program = (
+        "import sys; sys.modules['ray'] = None; from inference import __main__ as m; sys.exit(m.main(sys.argv[1:]))"
+    )
+    command = ["score", "--ray", "local", *arguments(miniature, tmp_path / "out", tmp_path)]
+    done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "ray is not installed" in done.stderr and "requirements/ray.txt" in done.stderr

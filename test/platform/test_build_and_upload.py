@@ -1,0 +1,219 @@
+"""What is uploaded: the model tarball, and build.sh and export.sh with a mock Docker client that notes its calls."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import random
+import subprocess
+import tarfile
+import zlib
+from pathlib import Path
+
+import pytest
+
+from inference.errors import UserError
+from inference.manifest import load_manifest
+from test.platform.test_preflight import CONFIG as IMAGE_CONFIG
+from test.platform.test_preflight import FILES, saved, tar_of
+from training.compress import BLOCK, compress
+from training.tarball import main, write_model_tarball
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE, CONFIG, ADAPTER = "some-base.safetensors", "adapter_config.json", "adapter_model.safetensors"
+
+
+@pytest.fixture
+def ensemble(tmp_path: Path) -> Path:
+    """An ensemble folder that the manifest accepts; its weights are a few bytes, for packing never opens them."""
+    folder = tmp_path / "mine"
+    contents = {
+        BASE: b"base",
+        f"fold0/{CONFIG}": b"{}",
+        f"fold0/{ADAPTER}": b"adapter",
+        "README.md": b"card",
+        ".junk": b"",
+    }
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    sha = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    manifest = {
+        "format": 1,
+        "name": "mine",
+        "backbone": "virchow",
+        "pool": "token",
+        "base": {"file": BASE, "sha256": sha[BASE]},
+        "preprocess": {"crop": None, "size": 224, "kernel": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3},
+        "folds": [{"folder": "fold0", "sha256": {name: sha[f"fold0/{name}"] for name in (CONFIG, ADAPTER)}}],
+        "tta": "none",
+        "averaging": "logit",
+        "temperature": 1.0,
+        "threshold": 0.5,
+        "precision": {"fp32": 0.0},
+        "licence": {},
+        "provenance": {},
+    }
+    (folder / "ensemble.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture
+def docker(tmp_path: Path) -> Path:
+    """A Docker client that writes each call as a line to `calls` beside it, without a bridge network, with buildx."""
+    (tmp_path / "saved.tar").write_bytes(tar_of(saved([tar_of(FILES, {"bin": "usr/bin"})], IMAGE_CONFIG)))
+    client = tmp_path / "docker"
+    client.write_text(
+        f"""#!/bin/sh
+echo "$*" >>{tmp_path}/calls
+case "$*" in
+    "network inspect bridge") exit 1 ;;
+    "build --help") echo "      --provenance string" ;;
+    "image inspect --format"*) echo 6700000000 ;;
+    save*) cat {tmp_path}/saved.tar ;;
+esac
+"""
+    )
+    client.chmod(0o755)
+    return client
+
+
+def run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(ROOT / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+
+
+def test_tarball_opens_as_an_ensemble_where_the_platform_unpacks_it(ensemble: Path, tmp_path: Path) -> None:
+    target = write_model_tarball(ensemble, tmp_path / "out")
+    assert target == tmp_path / "out" / "mine-model.tar.gz"
+    with tarfile.open(target) as archive:
+        names = archive.getnames()
+        archive.extractall(tmp_path / "model", filter="data")  # as the platform does
+    assert names == ["README.md", "ensemble.json", f"fold0/{CONFIG}", f"fold0/{ADAPTER}", BASE]
+    assert load_manifest(tmp_path / "model").base == tmp_path / "model" / BASE
+
+
+def test_tarball_depends_on_nothing_but_the_content(ensemble: Path, tmp_path: Path) -> None:
+    first = write_model_tarball(ensemble, tmp_path / "first").read_bytes()
+    for path in ensemble.rglob("*"):
+        os.utime(path, (1e9, 1e9))
+    (ensemble / "README.md").chmod(0o600)
+    assert write_model_tarball(ensemble, tmp_path / "second").read_bytes() == first
+
+
+def test_tarball_can_leave_the_base_to_the_image(ensemble: Path, tmp_path: Path) -> None:
+    with tarfile.open(write_model_tarball(ensemble, tmp_path, with_base=False)) as archive:
+        assert BASE not in archive.getnames()
+
+
+def test_altered_ensemble_is_not_packed(ensemble: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (ensemble / "fold0" / ADAPTER).write_bytes(b"other")
+    with pytest.raises(UserError, match="SHA-256"):
+        write_model_tarball(ensemble, tmp_path / "out")
+    assert main([str(ensemble), str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_writes_image_and_model(ensemble: Path, docker: Path, tmp_path: Path) -> None:
+    done = run(
+        "export.sh",
+        "--image",
+        "me/mine:2",
+        "--ensemble",
+        str(ensemble),
+        "--output",
+        str(tmp_path / "out"),
+        DOCKER=str(docker),
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["mine-model.tar.gz", "mine.tar.gz"]
+    unpacked = subprocess.check_output(["gzip", "-dc", tmp_path / "out" / "mine.tar.gz"])
+    assert unpacked == (tmp_path / "saved.tar").read_bytes()
+    assert "pass  one image" in done.stdout
+    assert "pass  model tarball" in done.stdout
+    assert "Upload, at grand-challenge.org" in done.stdout
+    assert "save me/mine:2" in (tmp_path / "calls").read_text().splitlines()  # one tag, by name
+    for path in (tmp_path / "out").iterdir():
+        assert hashlib.sha256(path.read_bytes()).hexdigest() in done.stdout
+
+
+def test_an_image_that_would_be_refused_is_a_failed_export(ensemble: Path, docker: Path, tmp_path: Path) -> None:
+    root = IMAGE_CONFIG | {"config": IMAGE_CONFIG["config"] | {"User": "root"}}
+    (tmp_path / "saved.tar").write_bytes(tar_of(saved([tar_of(FILES)], root)))
+    options = ("--only", "image", "--image", "mine", "--output", str(tmp_path / "out"))
+    done = run("export.sh", *options, DOCKER=str(docker))
+    assert done.returncode == 1
+    assert "fail  the container runs as root" in done.stdout
+    assert "would be refused, or fail on the platform" in done.stderr
+    assert "Upload, at" not in done.stdout
+
+
+@pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK, 3 * BLOCK + 17])
+def test_parallel_gzip_is_one_ordinary_stream(size: int, capsys: pytest.CaptureFixture[str]) -> None:
+    data = (random.Random(0).randbytes(BLOCK // 2) + bytes(BLOCK))[:BLOCK] * 4
+    data = data[:size]
+    packed = [io.BytesIO(), io.BytesIO()]
+    for target, threads in zip(packed, (1, 4), strict=True):
+        assert compress(io.BytesIO(data), target, total=size, threads=threads) == size
+    assert packed[0].getvalue() == packed[1].getvalue()  # whatever the machine
+    unpacker = zlib.decompressobj(31)
+    assert unpacker.decompress(packed[0].getvalue()) == data
+    assert unpacker.eof
+    assert unpacker.unused_data == b""
+    assert ("of about" in capsys.readouterr().err) == (size > 0)
+
+
+def test_export_without_an_engine_writes_the_model_and_says_so(ensemble: Path, tmp_path: Path) -> None:
+    options = ("--ensemble", str(ensemble), "--output", str(tmp_path / "out"))
+    done = run("export.sh", *options, DOCKER="/bin/false")
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine-model.tar.gz"]
+    assert "no Docker engine answers" in done.stdout
+    assert run("export.sh", "--only", "image", *options, DOCKER="/bin/false").returncode == 1
+
+
+def test_build_asks_docker_for_what_the_platform_accepts(docker: Path, tmp_path: Path) -> None:
+    ensemble = ROOT / "weights" / "default"
+    if not (ensemble / "ensemble.json").exists():
+        pytest.skip("weights/default is not there")
+    arguments = {"DOCKER": str(docker), "IMAGE": "mine:1", "DOCKER_BUILD_ARGS": "--pull --no-cache"}
+    done = run("build.sh", "--api", "invoke", **arguments)
+    assert done.returncode == 0, done.stderr
+    (build,) = [line for line in (tmp_path / "calls").read_text().splitlines() if line.startswith("build --platform")]
+    assert build.startswith("build --platform linux/amd64 ")
+    for option in (
+        "--network host",
+        "--provenance=false",
+        "--pull --no-cache",
+        "--tag mine:1",
+        "ENSEMBLE=weights/default",
+        "API_METHOD=invoke",
+    ):
+        assert option in build
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--engine", "docker", "--ensemble", "/elsewhere"), "outside"),
+        (("--engine", "docker", "--ensemble", "test"), "no test/ensemble.json"),
+        (("--engine", "podman"), "expected docker or native"),
+        (("--engine", "docker", "--api", "both"), "expected exec or invoke"),
+        (("--engines", "docker"), "unknown option"),
+        (("--engine", "native", "--requirements", "none.txt"), "no none.txt"),
+    ],
+)
+def test_build_refuses_in_one_line(docker: Path, arguments: tuple[str, ...], message: str) -> None:
+    done = run("build.sh", *arguments, DOCKER=str(docker))
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_build_says_when_no_engine_answers() -> None:
+    done = run("build.sh", "--engine", "docker", DOCKER="/bin/false")
+    assert done.returncode == 1
+    assert "no Docker engine answers" in done.stderr

@@ -1,0 +1,52 @@
+"""A Ray cluster on this machine, for tests and benchmarks.
+
+`python -m test.support.ray_cluster CORES` prints its address and ends when its stdin does. Its processes end with this
+one, however it ends; `ray stop` would end every cluster of the machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+
+@contextlib.contextmanager
+def cluster(cores: int = 2) -> Iterator[tuple[str, int]]:
+    """Address and process id. The commands find the cluster's token in the environment, as they would anywhere."""
+    before = dict(os.environ)
+    os.environ |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    command = [sys.executable, "-m", "test.support.ray_cluster", str(cores)]
+    try:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout and process.stdin
+            yield process.stdout.readline().strip(), process.pid
+            process.stdin.close()
+    finally:
+        os.environ.clear()
+        os.environ |= before
+
+
+if __name__ == "__main__":
+    import ray
+
+    quiet: Any = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+    for attempt in range(6):  # Ray gives a part of itself 30 s to start, which a busy machine may not do
+        try:
+            context: Any = ray.init("local", num_cpus=int(sys.argv[1]), **quiet)
+            print(context.address_info["gcs_address"], flush=True)
+            break
+        except Exception:
+            ray.shutdown()
+            if attempt == 5:
+                raise
+    sys.stdin.read()

@@ -1,0 +1,65 @@
+"""Generated crops as files, archives and tables, and the command that scores them on a cluster."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from inference.scoring import command as score
+
+CROPS = 60
+
+
+def encode(rng: np.random.Generator) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (48, 48, 3), dtype=np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write_tar(file: Path, blobs: list[bytes]) -> Path:
+    with tarfile.open(file, "w") as archive:
+        for n, blob in enumerate(blobs):
+            for name, content in ((f"s/{n:03}.png", blob), (f"s/{n:03}.json", json.dumps({"x": n}).encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return file
+
+
+def write_parquet(file: Path, blobs: list[bytes], rows: int = 10) -> Path:
+    numbers = range(len(blobs))
+    table = pa.table({"slide": [f"slide {n % 4}" for n in numbers], "image": blobs, "x": list(numbers)})
+    pq.write_table(table, file, row_group_size=rows)
+    return file
+
+
+def write_folder(folder: Path, blobs: list[bytes]) -> Path:
+    folder.mkdir(parents=True)
+    for n, blob in enumerate(blobs):
+        (folder / f"{n:03}.png").write_bytes(blob)
+    return folder
+
+
+def arguments(weights: Path, output: object, *more: object) -> list[str]:
+    return [
+        *map(str, more),
+        "--output",
+        str(output),
+        "--weights",
+        str(weights),
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+    ]
+
+
+def run(address: str, weights: Path, output: object, *more: object) -> int:
+    return score.main(["--ray", address, *arguments(weights, output, *more)])

@@ -1,0 +1,210 @@
+"""Every published layout, merged; what is broken or missing is an error that says what to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from inference.errors import UserError
+from test.support.tables import tiny_table, write_crop, write_csv
+from training.__main__ import main
+from training.data import ami_br, describe, load_data, load_set, table_hash
+
+REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "ami-br"
+AMI_HEADER = ("slide,dataset,uid,x,y,expert1_label,expert2_label,expert1_atypical,expert2_atypical,expert3_atypical,"
+              "majority_atypical")  # fmt: skip
+MIDOG_HEADER = "image_id,filename,coordinateX,coordinateY,Tumor,Scanner,Origin,Species,expert1,expert2,expert3,majority"
+AMI_ROWS = [
+    ("002.tiff", "MIDOG21", 6, "False False True", "False"),
+    ("060.tiff", "MIDOG21", 7, "True True False", "True"),
+    ("101.tiff", "MIDOG21", 8, "False False False", "False"),
+    ("30_x.tif", "TUPAC16", 9, "True True True", "True"),
+]
+
+
+def ami_br_split(folder: Path) -> Path:
+    rows = []
+    for slide, dataset, uid, votes, majority in AMI_ROWS:
+        label = "Atypical" if majority == "True" else "Normal"
+        write_crop(folder / label / f"{dataset}_{uid}.png", uid)
+        rows.append([slide, dataset, uid, 0, 0, "", "", *votes.split(), majority, label, f"{dataset}_{uid}.png"])
+    write_csv(folder / "amibr_train_split.csv", f"{AMI_HEADER},final_label,dataset_uid", rows)
+    return folder
+
+
+def midog25(folder: Path) -> Path:
+    rows = [
+        ["1.png", "002.tiff", 0, 0, "human breast cancer", "Hammamatsu XR", "", "human", "NMF", "NMF", "", "NMF"],
+        ["2.png", "003.tiff", 0, 0, "human breast cancer", "Hamamatsu XR", "", "human", "AMF", "NMF", "AMF", "AMF"],
+        ["3.png", "245.tiff", 0, 0, "canine lymphoma", "3D Histech", "", "canine", "AMF", "AMF", "NMF", "NMF"],
+    ]
+    for row in rows:
+        write_crop(folder / "MIDOG25_Binary_Classification_Train_Set" / str(row[0]), int(str(row[0])[0]))
+    write_csv(folder / "MIDOG25_Atypical_Classification_Train_Set.csv", MIDOG_HEADER, rows)
+    return folder
+
+
+def test_ami_br_in_the_benchmarks_layout(tmp_path):
+    crops = ami_br(ami_br_split(tmp_path))
+    assert [crop.label for crop in crops] == [0, 1, 0, 1]
+    assert [crop.domain.split(" x ")[1] for crop in crops] == [
+        "Hamamatsu XR", "Hamamatsu S360", "Aperio CS2", "Leica SCN400",
+    ]  # fmt: skip
+    assert crops[0].votes == (0, 0, 1)
+    assert crops[0].group == "MIDOG21/002.tiff"
+    assert crops[0].name == "AMi-Br/MIDOG21_6.png"
+
+
+def test_ami_brs_own_layout_leaves_out_and_counts_figures_without_a_crop(tmp_path):
+    rows = [
+        [slide, dataset, uid, 0, 0, "", "", *votes.split(), majority]
+        for slide, dataset, uid, votes, majority in AMI_ROWS
+    ]
+    write_csv(tmp_path / "AMI-BR.csv", AMI_HEADER, rows)
+    for _, dataset, uid, _, majority in AMI_ROWS[:3]:
+        write_crop(tmp_path / "patches" / ("atypical" if majority == "True" else "normal") / f"{dataset}_{uid}.png")
+    layout, crops, notes = load_set(tmp_path)
+    assert layout.name == "AMi-Br"
+    assert len(crops) == 3
+    assert any("1 of 4 rows have no crop" in note for note in notes)
+
+
+def test_midog25_has_one_spelling_per_scanner_and_reports_outvoted_labels(tmp_path):
+    _, crops, notes = load_set(midog25(tmp_path))
+    assert {crop.domain for crop in crops[:2]} == {"human breast cancer x Hamamatsu XR"}
+    assert crops[0].votes == (0, 0)
+    assert crops[2].label == 0  # as published, though two of three experts say otherwise
+    assert any("1 published labels are not the majority" in note for note in notes)
+
+
+def test_merging_counts_the_figures_of_midog25_that_are_ami_brs_once(tmp_path):
+    lines: list[str] = []
+    crops = load_data([ami_br_split(tmp_path / "a"), midog25(tmp_path / "m")], lines.append)
+    assert len(crops) == 4 + 3 - 1  # 002.tiff is in both; 003.tiff is not in this AMi-Br table
+    assert any("1 breast figures of MIDOG25 are AMi-Br's" in line for line in lines)
+    assert any("1 breast figures" in line and "they stay in" in line for line in lines)
+    assert load_data([tmp_path / "m", tmp_path / "a"], lines.append).__len__() == 6  # in either order
+
+
+def test_omg_octo_keeps_mitotic_figures_and_groups_by_slide(tmp_path):
+    write_crop(tmp_path / "any" / "0ab_x1_y2_3_4_5_6.png", side=30)
+    write_crop(tmp_path / "any" / "0cd_x1_y2_3_4_5_6.png", side=36)
+    write_csv(
+        tmp_path / "labels.csv",
+        "image_file,label",
+        [["0ab_x1_y2_3_4_5_6.png", "AMF"], ["0cd_x1_y2_3_4_5_6.png", "MF"], ["0ef_x.png", "artefact"]],
+    )
+    _, crops, notes = load_set(tmp_path)
+    assert [(crop.label, crop.group) for crop in crops] == [(1, "OMG-Octo/0ab"), (0, "OMG-Octo/0cd")]
+    assert any("1 rows are neither" in note for note in notes)
+
+
+def test_atnorm_has_one_group_and_five_votes(tmp_path):
+    folder = tmp_path / "AtNorM-MD"
+    write_crop(folder / "Atypical" / "1.png")
+    write_crop(folder / "Normal" / "2.png")
+    header = "Filename,Expert_1,Expert_2,Expert_3,Expert_4,Expert_5,Majority"
+    rows = [["1.png", *["Atypical"] * 3, *["Normal"] * 2, "Atypical"], ["2.png", *["Normal"] * 5, "Normal"]]
+    write_csv(folder / "AtNorM-MD_expert_votes.csv", header, rows)
+    _, crops, notes = load_set(folder)
+    assert [crop.votes for crop in crops] == [(1, 1, 1, 0, 0), (0,) * 5]
+    assert len({crop.group for crop in crops}) == 1
+    assert any("held-out test set" in note for note in notes)
+    write_csv(folder / "AtNorM-MD_expert_votes.csv", header, [[*rows[0][:-1], "Normal"]])
+    with pytest.raises(UserError, match="folder and votes to agree"):
+        load_set(folder)
+    (folder / "AtNorM-MD_expert_votes.csv").unlink()
+    assert load_set(folder.rename(tmp_path / "AtNorM-Br"))[0].name == "AtNorM-Br"
+
+
+def test_plain_csv_with_votes_and_absolute_paths(tmp_path):
+    path = write_crop(tmp_path / "elsewhere" / "b.png")
+    write_crop(tmp_path / "t" / "a.png")
+    file = write_csv(
+        tmp_path / "t" / "mine.csv",
+        "path,label,group,domain,votes",
+        [["a.png", "AMF", "s1", "x", "1 1 0"], [path, "normal", "s2", "", ""]],
+    )
+    _, crops, _ = load_set(file)
+    assert [(crop.label, crop.domain, crop.votes) for crop in crops] == [(1, "x", (1, 1, 0)), (0, "unknown", ())]
+    assert [crop.name for crop in crops] == ["mine/a.png", "mine/b.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [("ami-br", "AMi-Br_Benchmark"), ("MIDOG25", "zenodo.16044804"), ("omg_octo", "zenodo.16107743"),
+     ("AtNorM-MD", "AMi-Br_Benchmark"), ("mine", "training datasets")],
+)  # fmt: skip
+def test_a_missing_data_set_says_where_it_is_published(tmp_path, name, source):
+    with pytest.raises(UserError, match=source):
+        load_data([tmp_path / name])
+
+
+def test_broken_tables_are_errors(tmp_path):
+    table = tiny_table(tmp_path, 6, 3, 8)
+    (tmp_path / "crops" / "3.png").unlink()
+    with pytest.raises(UserError, match=r"1 of 6 crops .* are missing \(first: .*3.png\)"):
+        load_data([table])
+    write_crop(tmp_path / "crops" / "3.png")
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join([*lines, lines[1].replace(",1,", ",0,")]))
+    with pytest.raises(UserError, match="listed as label 1"):
+        load_data([table], lambda line: None)
+    table.write_text("\n".join([*lines, lines[1]]))
+    notes: list[str] = []
+    assert len(load_data([table], notes.append)) == 6
+    assert any("1 rows name a file" in note for note in notes)
+    table.write_text("\n".join([lines[0], lines[1].replace("slide0", "")]))
+    with pytest.raises(UserError, match="line 2: no group"):
+        load_data([table])
+    table.write_text("\n".join([lines[0], lines[1].replace(",1,", ",maybe,")]))
+    with pytest.raises(UserError, match="'maybe' is not known"):
+        load_data([table])
+    table.write_text("image,answer\n")
+    with pytest.raises(UserError, match="columns answer, image"):
+        load_data([table])
+
+
+def test_a_crop_in_the_other_classs_folder_is_an_error(tmp_path):
+    folder = ami_br_split(tmp_path)
+    text = (folder / "amibr_train_split.csv").read_text()
+    (folder / "amibr_train_split.csv").write_text(
+        text.replace("False,False,False,False,Normal", "True,True,True,True,Atypical")
+    )
+    (folder / "Normal" / "MIDOG21_8.png").rename(folder / "Atypical" / "MIDOG21_8.png")
+    assert sum(crop.label for crop in ami_br(folder)) == 3
+    write_csv(tmp_path / "t.csv", "path,label,group,domain", [["Atypical/MIDOG21_8.png", 0, "g", "d"]])
+    with pytest.raises(UserError, match="in the other class's folder"):
+        load_data([tmp_path / "t.csv"])
+
+
+def test_the_hash_and_the_description_do_not_depend_on_the_machine(tmp_path):
+    one, two = (load_data([ami_br_split(tmp_path / name)], lambda line: None) for name in ("one", "two"))
+    assert describe(one) == describe(two)
+    assert str(tmp_path) not in json.dumps(describe(one))
+    assert table_hash(one) != table_hash(one[1:])
+
+
+def test_the_command_lists_and_checks(tmp_path, capsys):
+    assert main(["datasets"]) == 0
+    assert "10.5281/zenodo.16044804" in capsys.readouterr().out
+    table = tiny_table(tmp_path, 6, 3, 8)
+    (tmp_path / "crops" / "5.png").write_bytes((tmp_path / "crops" / "0.png").read_bytes())
+    assert main(["datasets", str(table), "--pixels", "--json", str(tmp_path / "out.json")]) == 0
+    out = capsys.readouterr().out
+    assert "6 crops, 2 atypical" in out
+    assert "1 crops have the pixels of another" in out
+    assert "differ in their label" in out
+    assert json.loads((tmp_path / "out.json").read_text())["groups"] == 3
+    assert main(["datasets", str(tmp_path / "nowhere")]) == 1
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="the AMi-Br training split is not here")
+def test_the_real_training_split():
+    lines: list[str] = []
+    crops = load_data([REAL], lines.append)
+    summary = describe(crops)
+    assert (summary["crops"], summary["atypical"], summary["groups"], len(summary["domains"])) == (2894, 648, 146, 5)
+    assert lines == ["AMi-Br (benchmark split): 2,894 crops, 648 atypical"]

@@ -1,0 +1,237 @@
+"""Fitting: a kill loses nothing but time, and settings do what they say. EfficientNet-Lite0, random base, 32 pixels."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+import training.loop
+from inference.errors import UserError
+from inference.imageio.stack import read_stack
+from inference.preprocess import views
+from test.support.miniature import random_base
+from test.support.tables import tiny_table
+from training.__main__ import main
+from training.augment import Augment
+from training.data import load_data
+from training.feed import batches, epoch_order, generator, load_crops
+from training.fit import fit, make_accelerator
+from training.loop import Progress, fit_fold, learning_rate_share
+from training.recipe import Recipe, load_recipe
+
+PLAIN = ["augment.dihedral=false", *(f"augment.{f.name}=0" for f in fields(Augment) if f.name != "dihedral")]
+
+
+def recipe(*changes: str) -> Recipe:
+    defaults = ["size=32", "crop=0", "targets=late", "rank=2", "epochs=3", "batch=4", "folds=2", "precision=fp32"]
+    return load_recipe("default", [*defaults, *changes])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    folder = tmp_path_factory.mktemp("data")
+    crops = load_data([tiny_table(folder)], lambda line: None)
+    base = random_base("efficientnet-lite0", folder / "base.safetensors")
+    AcceleratorState._reset_state()
+    return SimpleNamespace(crops=crops, images=load_crops(crops), base=base, table=folder / "table.csv",
+                           fold=np.array([int(crop.group[-1]) % 2 for crop in crops]))  # fmt: skip
+
+
+@pytest.fixture
+def run_fold(data: SimpleNamespace, tmp_path: Path) -> Any:
+    """Call with a recipe and a name: fits fold 0 in that folder and returns the adapter's tensors."""
+
+    def call(settings: Recipe, name: str = "run") -> dict[str, torch.Tensor]:
+        AcceleratorState._reset_state()
+        accelerator = Accelerator(
+            cpu=True, mixed_precision="no" if settings.precision == "fp32" else settings.precision
+        )
+        fit_fold(settings, data.crops, data.images, data.fold, 0, tmp_path / name, data.base, accelerator)
+        return load_file(tmp_path / name / "fold0" / "adapter_model.safetensors")
+
+    return call
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float = 0.0) -> bool:
+    return a.keys() == b.keys() and all(float((a[k] - b[k]).abs().max()) <= tolerance for k in a)
+
+
+@pytest.mark.parametrize(
+    "changes", [["dropout=0.1", "drop=0.2", "augment.mixup=0.4"], ["precision=bf16", "patience=2", "sampling=domain"]]
+)
+def test_a_kill_in_the_middle_of_an_epoch_changes_nothing(run_fold, monkeypatch, tmp_path, changes):
+    settings = recipe(*changes)
+    whole = run_fold(settings, "whole")
+    calls = 0
+
+    def dies(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 5:  # three steps an epoch: in the middle of the second
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    real = training.loop.augment
+    monkeypatch.setattr(training.loop, "augment", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run_fold(settings, "killed")
+    assert (tmp_path / "killed" / "fold0" / "checkpoint.pt").exists()
+    assert same(run_fold(settings, "killed"), whole)
+    assert calls == 5 + 2 * 3  # the first epoch was not done again
+    rows = []
+    for name in ("whole", "killed"):
+        with (tmp_path / name / "fold0" / "metrics.csv").open(newline="") as lines:
+            rows.append([{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(lines)])
+    assert rows[0] == rows[1]
+    assert [row["epoch"] for row in rows[0]] == ["1", "2", "3"]
+    found = [np.load(tmp_path / name / "fold0" / "oof.npz")["logits"] for name in ("whole", "killed")]
+    assert np.array_equal(*found)
+    assert not (tmp_path / "killed" / "fold0" / "checkpoint.pt").exists()
+
+
+def test_a_finished_fold_is_left_alone(run_fold, monkeypatch):
+    first = run_fold(recipe("epochs=1"))
+    monkeypatch.setattr(training.loop, "augment", None)
+    assert same(run_fold(recipe("epochs=1")), first)
+
+
+def test_another_seed_gives_another_adapter(run_fold):
+    assert not same(run_fold(recipe("epochs=1"), "a"), run_fold(recipe("epochs=1", "seed=1"), "b"), 1e-4)
+
+
+def test_accumulated_batches_are_one_larger_batch(run_fold):
+    """Twelve crops without augmentation: three groups of two batches of two are three batches of four."""
+    common = [*PLAIN, "dropout=0"]
+    large = run_fold(recipe("batch=4", *common), "large")
+    small = run_fold(recipe("batch=2", "accumulate=2", *common), "small")
+    assert same(large, small, 1e-4)
+    assert not same(large, run_fold(recipe("batch=2", *common), "other"), 1e-4)
+
+
+def test_the_stored_logits_are_those_of_the_stored_adapter(run_fold, data, tmp_path):
+    """Not of the last weights: with averaging, adapter and out-of-fold logits are both the average's."""
+    from inference.adapters import Weights
+    from inference.backbones import lookup
+    from inference.models import logits
+    from inference.preprocess import to_batch
+
+    settings = recipe("ema=0.9")
+    run_fold(settings)
+    fold0 = tmp_path / "run" / "fold0"
+    stored = np.load(fold0 / "oof.npz")
+    batch = to_batch([data.images[n] for n in stored["index"]], settings.preprocess())
+    weights = Weights(data.base, [fold0], torch.device("cpu"), torch.float32)
+    with torch.inference_mode():
+        found = logits(views(batch, "d4"), weights, lookup("efficientnet-lite0"), "avg").view(8, -1).numpy()
+    assert np.abs(found - stored["logits"]).max() < 1e-4
+    assert {data.fold[n] for n in stored["index"]} == {0}
+
+
+def test_early_stopping_keeps_the_best_epoch(run_fold, monkeypatch, tmp_path):
+    aucs = iter([0.6, 0.8, 0.7, 0.7, 0.9])
+    monkeypatch.setattr(training.loop, "roc_auc", lambda labels, z: next(aucs))
+    stopped = run_fold(recipe("epochs=9", "patience=2", "warmup=0"), "stopped")
+    with (tmp_path / "stopped" / "fold0" / "metrics.csv").open(newline="") as lines:
+        assert [row["auc"] for row in csv.DictReader(lines)] == ["0.6", "0.8", "0.7", "0.7"]
+    assert not same(stopped, run_fold(recipe("epochs=1"), "other"))
+
+
+def test_progress_without_an_auc_keeps_the_latest():
+    progress = Progress({"a": torch.zeros(1)}, {"a": torch.zeros(1)})
+    for value, auc in ((1.0, math.nan), (2.0, math.nan)):
+        progress.average["a"].fill_(value)
+        progress.judge(auc)
+    assert (progress.best_state["a"].item(), progress.stale, progress.best) == (2.0, 0, -1.0)
+    progress.judge(0.5)
+    progress.average["a"].fill_(3.0)
+    progress.judge(0.4)
+    assert (progress.best_state["a"].item(), progress.stale, progress.best) == (2.0, 1, 0.5)
+
+
+def test_the_learning_rate_warms_up_and_ends_at_zero():
+    shares = [learning_rate_share(step, 100, 0.1) for step in range(101)]
+    assert shares[0] == pytest.approx(0.1)
+    assert max(shares) == shares[9] == shares[10] == 1
+    assert shares[100] == pytest.approx(0)
+    assert learning_rate_share(0, 10, 0.0) == 1
+
+
+@pytest.mark.parametrize("sampling", ["shuffle", "class", "domain"])
+def test_an_epochs_order(data, sampling):
+    order = epoch_order(data.crops * 50, sampling, generator(1))
+    assert len(order) == 1200
+    chosen = [(data.crops * 50)[n] for n in order.tolist()]
+    atypical = np.mean([crop.label for crop in chosen])
+    if sampling == "shuffle":
+        assert sorted(order.tolist()) == list(range(1200))
+    else:
+        assert atypical == pytest.approx(0.5, abs=0.05)
+    assert [len(batch) for batch in batches(10, recipe("batch=4"), torch.arange(10))] == [4, 4]
+    assert [len(batch) for batch in batches(3, recipe("batch=4"), torch.arange(3))] == [3]
+
+
+def test_the_command_fits_all_folds_and_refuses_another_run_in_the_folder(data, tmp_path, capsys):
+    AcceleratorState._reset_state()
+    run = tmp_path / "run"
+    settings = ["size=32", "crop=0", "targets=late", "rank=2", "epochs=1", "batch=8", "folds=2"]
+    arguments = ["fit", "--data", str(data.table), "--base", str(data.base), "--run", str(run)]
+    changes = [word for change in settings for word in ("--set", change)]
+    assert main([*arguments, *changes]) == 0
+    out = capsys.readouterr().out
+    assert "in adapters, 1,281 in the head" in out
+    assert {file.name for file in (run / "fold1").iterdir() if "tfevents" not in file.name} == {
+        "adapter_config.json", "adapter_model.safetensors", "metrics.csv", "oof.npz",
+    }  # fmt: skip
+    described = json.loads((run / "data.json").read_text())
+    assert (described["crops"], described["groups"], len(described["domains"])) == (24, 8, 2)
+    assert main([*arguments, *changes, "--set", "rank=4"]) == 1
+    assert "recipe.json differs from this call" in capsys.readouterr().err
+    assert main([*arguments, *changes, "--fold", "5"]) == 1
+    assert "fold 5 is not one of this split's (0 to 1)" in capsys.readouterr().err
+    assert main([*arguments[:3], *changes, "--set", "backbone=uni"]) == 1
+    assert "python -m training base uni" in capsys.readouterr().err
+
+
+def test_tensorboard_reads_the_scalars(run_fold, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_fold(recipe("epochs=2"))
+    events = EventAccumulator(str(tmp_path / "run" / "fold0")).Reload()
+    assert set(events.Tags()["scalars"]) == {"loss", "validation_loss", "auc", "learning_rate", "seconds"}
+    assert [event.step for event in events.Scalars("auc")] == [1, 2]
+
+
+def test_precisions_that_cannot_be(monkeypatch):
+    with pytest.raises(UserError, match="'fp8' is not known"):
+        make_accelerator(recipe("precision=fp8"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        make_accelerator(recipe("precision=fp16"))
+
+
+REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "ami-br"
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="the AMi-Br training split is not here")
+def test_real_crops_train(data, tmp_path):
+    """Sixty real crops, the default recipe at a small size: runs, and every held-out crop has finite logits."""
+    crops = load_data([REAL], lambda line: None)[::48]
+    assert read_stack(crops[0].path)[0].shape == (128, 128, 3)
+    AcceleratorState._reset_state()
+    settings = load_recipe("default", ["size=48", "epochs=1", "batch=16", "precision=bf16"])
+    fit(settings, tmp_path, crops, load_crops(crops), data.base, make_accelerator(settings), [1])
+    stored = np.load(tmp_path / "fold1" / "oof.npz")
+    assert stored["logits"].shape == (8, len(stored["index"]))
+    assert np.isfinite(stored["logits"]).all()

@@ -1,0 +1,104 @@
+"""The recipes as files: each loads, says whose every value is, and runs from crops to answers on a small backbone."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate.state import AcceleratorState
+
+from inference.backbones import lookup
+from inference.ensemble import Ensemble
+from inference.errors import UserError
+from test.support import miniature
+from test.support.tables import tiny_table
+from training.__main__ import main
+from training.augment import Augment
+from training.data import load_data
+from training.feed import load_crops
+from training.fit import make_accelerator, prepare
+from training.loop import fit_fold
+from training.recipe import FOLDER, Recipe, load_recipe
+from training.splits import KINDS
+
+FILES = sorted(FOLDER.glob("*.toml"))
+MARKS = ("[paper]", "[code]", "[ours]", "[v1]", "[count]", "not used")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_recipe_fits_its_backbone(file):
+    recipe = load_recipe(file.stem)
+    assert recipe == load_recipe(str(file))
+    assert recipe.targets in lookup(recipe.backbone).targets
+    assert recipe.split in KINDS
+    preprocess = recipe.preprocess()
+    assert preprocess.kernel in ("bilinear", "bicubic")
+    if not recipe.backbone.startswith("efficientnet"):
+        assert preprocess.size % (14 if "14" in lookup(recipe.backbone).timm else 16) == 0
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.stem != "default"], ids=lambda file: file.stem)
+def test_a_papers_recipe_gives_every_value_and_says_whose_it_is(file):
+    table = tomllib.loads(file.read_text())
+    assert table.keys() == {field.name for field in dataclasses.fields(Recipe)}
+    assert table["augment"].keys() == {field.name for field in dataclasses.fields(Augment)}
+    lines = file.read_text().split("[augment]")
+    unmarked = [
+        line for line in lines[0].splitlines() if re.match(r"\w+ =", line) and not any(m in line for m in MARKS)
+    ]
+    assert not unmarked
+    if "[ours]" not in lines[1].splitlines()[0]:  # the table's own line may speak for all of it
+        unmarked = [line for line in lines[1].splitlines() if "=" in line and not any(m in line for m in MARKS)]
+        assert not unmarked
+
+
+def test_what_the_papers_state_is_there():
+    virchow = load_recipe("virchow-r8")
+    assert (virchow.backbone, virchow.rank, virchow.folds) == ("virchow", 8, 3)
+    dino = load_recipe("dinov3-hplus-domain-focal")
+    assert (dino.backbone, dino.rank, dino.targets, dino.domain_weighting) == (
+        "dinov3-vith16plus", 8, "qkv", "sqrt_inverse",
+    )  # fmt: skip
+    assert dino.gamma > 0
+
+
+def test_changes_and_mistakes(tmp_path):
+    assert load_recipe("default", ["augment.hed=0.25", "rank=2", "rslora=true"]).augment.hed == 0.25
+    for change, message in (("rankk=2", "rankk is not a setting"), ("augment.hedd=1", "augment.hedd is not a setting"),
+                            ("rank=two", "rank = 'two' is not a int"), ("rslora=maybe", "is not a bool")):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            load_recipe("default", [change])
+    with pytest.raises(UserError, match=r"expected a \.toml file or one of default, dinov3-hplus"):
+        load_recipe("nothing")
+    (tmp_path / "broken.toml").write_text("rank = = 3")
+    with pytest.raises(UserError, match="not valid TOML"):
+        load_recipe(str(tmp_path / "broken.toml"))
+
+
+@pytest.mark.parametrize("name", [file.stem for file in FILES])
+def test_every_recipe_runs_from_crops_to_answers(name, tmp_path, monkeypatch):
+    """Virchow and DINOv3 at full width, the others small; two blocks, few patches, random bases."""
+    recipe = load_recipe(name)
+    if name in ("virchow-r8", "dinov3-hplus-domain-focal"):
+        monkeypatch.setattr(miniature, "overrides", lambda backbone: dict(depth=2))
+    patch = 14 if "14" in lookup(recipe.backbone).timm else 16
+    recipe = load_recipe(name, ["epochs=1", "batch=4", "folds=2", f"size={2 * patch}", "crop=24"])
+    base = miniature.random_base(recipe.backbone, tmp_path / "base.safetensors")
+    crops = load_data([tiny_table(tmp_path, 12, 4)], lambda line: None)
+    images = load_crops(crops)
+    AcceleratorState._reset_state()
+    accelerator = make_accelerator(recipe)
+    run, ensemble = tmp_path / "run", tmp_path / "ensemble"
+    fold = prepare(run, recipe, crops, accelerator)
+    for number in (0, 1):
+        fit_fold(recipe, crops, images, fold, number, run, base, accelerator, miniature.overrides(recipe.backbone))
+    assert main(["export", str(run), "--output", str(ensemble), "--base", str(base), "--include-base"]) == 0
+    found = Ensemble.load(ensemble, "cpu", "fp32").predict(images)
+    assert found.fold_p.shape == (2, 12)
+    assert np.isfinite(found.logits).all()
+    assert found.p_atypical.std() > 0
+    assert Path(ensemble / "fold1" / "adapter_model.safetensors").stat().st_size < base.stat().st_size
