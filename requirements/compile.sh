@@ -8,10 +8,8 @@ compile() { # the files agree with each other because each takes the ones before
         --no-emit-index-url --no-emit-find-links --custom-compile-command "requirements/compile.sh [--upgrade]" "${@:3}"
 }
 compile job requirements.txt "$@"
-compile train requirements/train.txt "$@"
-compile ray requirements/ray.txt "$@"
-compile slides requirements/slides.txt "$@"
-compile dev requirements/dev.txt "$@"
+for name in train ray slides dev; do compile "$name" "requirements/$name.txt" "$@"; done
+compile bases requirements/bases.txt --no-deps "$@"
 
 # the platform's own entry shim; see requirements/shim.in
 compile shim requirements/shim.txt "$@"

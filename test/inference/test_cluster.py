@@ -158,7 +158,7 @@ def test_a_killed_actor_does_not_stop_the_run(address, miniature, blobs, tmp_pat
 
 CRASHING = """
 import os, sys
-from inference.cluster.command import command as cluster
+from inference.cluster import command as cluster
 from inference.scoring import command as score
 
 class Scorer(cluster.Scorer):  # workers get it by value, with this program's text

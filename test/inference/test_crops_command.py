@@ -17,7 +17,7 @@ from PIL import Image
 from inference.ensemble import Ensemble
 from inference.errors import UserError
 from inference.scoring import command as score
-from inference.slides.command import command as slides
+from inference.slides import command as slides
 from inference.slides.detections import Detection
 from test.support.miniature import make_ensemble
 from test.support.pyramids import FIGURES, crop, detections, halves, pngs, rows_of, run, write_slide

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from inference.errors import UserError
+from inference.report import page as report
 from inference.report.attribution import Attribution
 from inference.report.page import Row, picture, write_report
-from inference.report.page import page as report
 from inference.scoring.command import figures
 from test.support.browser import Browser, browser, find
 

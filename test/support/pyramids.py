@@ -10,7 +10,7 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from inference.slides.command import command as slides
+from inference.slides import command as slides
 from test.support.tables import write_csv
 
 FIGURES = {(700, 301): "bridge", (333, 900): "metaphase", (1101, 777): "multipolar"}  # by their centres
