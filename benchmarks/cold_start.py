@@ -24,8 +24,7 @@ import torch
 
 from benchmarks import floor, workload
 from inference.backbones import BACKBONES
-from inference.manifest import load_manifest
-from inference.preprocess import TTA_VIEWS
+from inference.manifest import TTA_VIEWS, load_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,7 +45,8 @@ def run_ours(ensemble: Path, job: Path, out: Path, device: str, precision: str) 
                "--device", device, "--precision", precision, "--details", str(details)]  # fmt: skip
     wall, memory = timed(command)
     found = json.loads(details.read_text())
-    weights = found.pop("weights_seconds")  # read, fused and converted layer by layer, as the first pass comes to them
+    # read, fused and converted layer by layer, as the first pass comes to them
+    weights = sum(member["weights_seconds"] for member in found["members"])
     found["seconds"] |= {"weights": weights, "forward": found["seconds"].pop("predict") - weights}
     return found | {"wall": wall, "memory": memory, "p_atypical": [page["p_atypical"] for page in found["pages"]]}
 
@@ -73,20 +73,21 @@ def measure(backbone: str, crops: int, device: str, precision: str, repeats: int
         plain.append(run_plain(kind, plain_folder, job, out))
     manifest = load_manifest(ensemble)
     exact = run_ours(ensemble, job, out, device, "fp32") if not default else None
-    size, views, folds = manifest.preprocess["size"], TTA_VIEWS[manifest.tta], len(manifest.folds)
-    row = BACKBONES[manifest.backbone]
+    [member] = manifest.members
+    size, views, folds = member.preprocess["size"], TTA_VIEWS[member.tta], len(member.folds)
+    row = BACKBONES[member.backbone]
     precision = ours[0]["precision"]
-    flops = floor.multiply_adds(manifest.backbone, size, manifest.pool) * crops * views * folds
+    flops = floor.multiply_adds(member.backbone, size, member.pool) * crops * views * folds
     tokens = crops * views * folds * (size // 14 if "14" in row.timm else size // 16) ** 2
-    rate = floor.matrix_rate(manifest.backbone, min(tokens, 4096), precision, device)
-    read = floor.read_rate(manifest.base)
+    rate = floor.matrix_rate(member.backbone, min(tokens, 4096), precision, device)
+    read = floor.read_rate(member.base)
     parts = {
         "import torch": floor.import_seconds(),
-        "read the base": manifest.base.stat().st_size / read,
+        "read the base": member.base.stat().st_size / read,
         "multiply-adds": flops / rate,
     }
     result: dict[str, Any] = {
-        "backbone": manifest.backbone, "crops": crops, "folds": folds, "views": views, "size": size,
+        "backbone": member.backbone, "crops": crops, "folds": folds, "views": views, "size": size,
         "device": ours[0]["device"], "precision": precision, "machine": machine(), "repeats": repeats,
         "ours": medians(ours), "plain": medians(plain),
         "floor": {"wall": sum(parts.values()), "seconds": parts, "gigaflops": rate / 1e9, "read_gb_per_s": read / 1e9},

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from inference.backbones import BACKBONES, build
-from inference.manifest import sha256
+from inference.checksums import sha256
 from test.harness.layout import write_input
 from test.support.figures import FIGURES, draw
 from test.support.stacks import write_stack

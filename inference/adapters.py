@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import UserError
-from .jsonfile import read_json
+from .files import read_json
 
 PREFIX = "base_model.model."
 HEADS = ("head", "classifier", "head.fc", "fc")  # timm's names of a linear head
@@ -180,7 +180,15 @@ class Weights:
     A tensor that an adapter changes has a leading fold axis (F, ...).
     """
 
-    def __init__(self, base: Path, folds: list[Path], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        base: Path,
+        folds: list[Path],
+        device: torch.device,
+        dtype: torch.dtype,
+        shared: dict[Any, Any] | None = None,
+    ) -> None:
+        """shared: keeps the tensors that no fold changes, for other members with the same base, device and dtype."""
         self.device, self.dtype = device, dtype
         self._file = base
         self._base = open_safetensors(base)
@@ -192,6 +200,7 @@ class Weights:
         for folder, adapter in zip(folds, self.adapters, strict=True):
             self._check_shapes(folder, adapter)
         self._kept: dict[Any, Any] = {}
+        self._shared: dict[Any, Any] = {} if shared is None else shared
         self.seconds = 0.0  # of reading, fusing and converting, which come with the first forward pass
 
     def _check_shapes(self, folder: Path, adapter: Adapter) -> None:
@@ -214,7 +223,7 @@ class Weights:
     def convert_to(self, dtype: torch.dtype) -> Weights:
         """The same weights in another precision, sharing what was read."""
         other = object.__new__(Weights)
-        other.__dict__ = self.__dict__ | {"dtype": dtype, "_kept": {}}
+        other.__dict__ = self.__dict__ | {"dtype": dtype, "_kept": {}, "_shared": {}}
         return other
 
     def _read(self, name: str) -> torch.Tensor:
@@ -251,25 +260,26 @@ class Weights:
                 place.copy_(exact)
         return out
 
-    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What `make` returns, made when it is first asked for; `seconds` adds up what that takes."""
-        if key not in self._kept:
+    def _once(self, key: Any, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` returns for tensor `name`, made when first asked for; `seconds` adds up what that takes."""
+        kept = self._kept if name in self.adapted or name.startswith("head.") else self._shared
+        if key not in kept:
             start = time.perf_counter()
-            self._kept[key] = make()
+            kept[key] = make()
             self.seconds += time.perf_counter() - start
-        return self._kept[key]
+        return kept[key]
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """In the computing precision."""
         if name in self.adapted:
-            return self._once(name, lambda: self._fused(name, self.dtype))
-        return self._once(name, lambda: self._read(name).to(self.dtype))
+            return self._once(name, name, lambda: self._fused(name, self.dtype))
+        return self._once(name, name, lambda: self._read(name).to(self.dtype))
 
     def get(self, name: str) -> torch.Tensor | None:
         return self[name] if name in self.names else None
 
     def fp32(self, name: str) -> torch.Tensor:
-        return self._once(("fp32", name), lambda: self._exact(name))
+        return self._once(("fp32", name), name, lambda: self._exact(name))
 
     def convolution(self, conv: str, norm: str, eps: float = 1e-3) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight and bias of a convolution with the batch normalisation behind it folded in, in fp32."""
@@ -282,4 +292,4 @@ class Weights:
             memory = torch.channels_last if weight.ndim == 4 else torch.contiguous_format
             return weight.to(self.dtype, memory_format=memory), bias.to(self.dtype)
 
-        return self._once(("conv", conv), make)
+        return self._once(("conv", conv), f"{conv}.weight", make)

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
+from .manifest import POOLS
 
 if TYPE_CHECKING:
     import torch
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-POOLS = ("token", "avg", "token+avg")
 
 
 @dataclass(frozen=True)

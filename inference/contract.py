@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .jsonfile import read_json
+from .files import read_json, write_whole
+from .labels import CLASSES, class_of
 
 SLUG = "stacked-histopathology-roi-cropouts"
 OUTPUT = "multiple-mitotic-figure-classification.json"
 SUFFIXES = (".tif", ".tiff", ".mha")
-CLASSES = ("normal", "atypical")
 
 
 def find_stack(input_dir: Path) -> Path:
-    """The one image of the job in `input_dir`, named in no way but by its folder and suffix.
+    """The one image of the job in `input_dir`, known by its folder and suffix alone.
 
     `inputs.json` is read where it exists: a list of objects whose `socket` or `interface` has a `slug`; nothing else in
     it is relied on. Hidden files are ignored; `input_dir` itself may be a link, but nothing in it may lead out of it.
@@ -71,7 +71,7 @@ def _check_socket(listing: Path, input_dir: Path) -> None:
 
 def answers(p_atypical: Sequence[float], threshold: float) -> list[dict[str, Any]]:
     """One {"class", "confidence"} per page; confidence is P(atypical) whatever the class, at full precision."""
-    return [{"class": CLASSES[p >= threshold], "confidence": float(p)} for p in p_atypical]
+    return [{"class": class_of(p, threshold), "confidence": float(p)} for p in p_atypical]
 
 
 def check_answers(found: Any, pages: int, threshold: float | None = None) -> None:
@@ -88,7 +88,7 @@ def check_answers(found: Any, pages: int, threshold: float | None = None) -> Non
             raise ValueError(f"page {page}: class is {label!r:.80}; expected normal or atypical")
         if type(p) is not float or not math.isfinite(p) or not 0 <= p <= 1:
             raise ValueError(f"page {page}: confidence is {p!r:.80}; expected a float in [0, 1]")
-        if threshold is not None and label != CLASSES[p >= threshold]:
+        if threshold is not None and label != class_of(p, threshold):
             raise ValueError(f"page {page}: class {label} contradicts confidence {p} at threshold {threshold}")
 
 
@@ -99,7 +99,7 @@ def write_answers(output_dir: Path, p_atypical: Sequence[float], threshold: floa
     check_answers(json.loads(text), len(p_atypical), threshold)
     file = output_dir / OUTPUT
     try:
-        _write_whole(file, text.encode())
+        write_whole(file, text, sync=True)
     except OSError as error:
         advice = "free some" if error.errno == errno.ENOSPC else "make it, or make it writable"
         raise UserError(
@@ -116,37 +116,3 @@ def remove_answers(output_dir: Path) -> None:
         raise UserError(
             f"cannot remove the old {output_dir / OUTPUT} ({error.strerror}); expected a writable folder; remove it"
         ) from None
-
-
-def _write_whole(file: Path, data: bytes) -> None:
-    """Through a file without a name, which the kernel drops if the process is killed; else through a hidden one."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        try:
-            os.stat("/proc/self/fd")  # needed to give it a name
-            handle, named = os.open(file.parent, os.O_TMPFILE | os.O_WRONLY, 0o644), False
-        except OSError:  # not on this file system
-            handle, named = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644), True
-        with open(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(handle)
-            if not named and _link(handle, file):
-                return
-            if not named and not _link(handle, partial):
-                raise FileExistsError(errno.EEXIST, "File exists", partial)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _link(handle: int, file: Path) -> bool:
-    """Give an open file without a name the name `file`; False where that is taken."""
-    handles = os.open("/proc/self/fd", os.O_RDONLY)
-    try:
-        os.link(str(handle), file, src_dir_fd=handles)
-    except FileExistsError:
-        return False
-    finally:
-        os.close(handles)
-    return True

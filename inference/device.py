@@ -12,7 +12,6 @@ import torch
 from .errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DEVICES = ("auto", "cuda", "cpu")
 
 
 def gpu_is_present() -> bool:

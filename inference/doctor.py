@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from .checksums import check_hashes
 from .errors import UserError
-from .manifest import Manifest, check_hashes, holds_ensemble, load_manifest
+from .exits import FAILED
+from .manifest import Manifest, default_ensemble, holds_ensemble, load_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 JOB_GB = 16  # memory of the platform's machine
@@ -36,7 +38,7 @@ class Check(NamedTuple):
         return f"{self.level}  {self.message}" + (f". Fix: {self.fix}" if self.fix else "")
 
 
-def run(*command: str) -> str | None:
+def output_of(*command: str) -> str | None:
     """stdout of a command, or None where it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
@@ -47,7 +49,7 @@ def run(*command: str) -> str | None:
 
 def check_engine() -> Iterator[Check]:
     for client in os.environ.get("DOCKER", "/usr/bin/docker docker").split():
-        version = run(client, "info", "--format", "{{.ServerVersion}}")
+        version = output_of(client, "info", "--format", "{{.ServerVersion}}")
         if version:
             yield Check("PASS", f"container engine: Docker {version} answers {client}")
             return
@@ -65,11 +67,11 @@ def check_gpu(manifest: Manifest | None) -> Iterator[Check]:
     import torch
 
     from .backbones import lookup
-    from .device import choose_device, choose_precision, gpu_is_present
+    from .device import choose_device, choose_precision, gpu_is_present, native_precision
 
     cuda = torch.version.cuda
     yield Check("PASS", f"PyTorch {torch.__version__}, built for {f'CUDA {cuda}' if cuda else 'the CPU'}")
-    listed = run("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader,nounits")
+    listed = output_of("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader,nounits")
     if listed:
         yield from check_driver(listed.splitlines()[0], cuda)
     elif gpu_is_present():
@@ -80,9 +82,9 @@ def check_gpu(manifest: Manifest | None) -> Iterator[Check]:
         yield Check("WARN", "GPU: none", "nothing to do for the small ensemble; large backbones take minutes a stack")
     try:
         device = choose_device("auto")
-        allowed: dict[str, float | None] = manifest.precision if manifest else {"fp32": 0.0}
-        safe = lookup(manifest.backbone).fp16_safe if manifest else True
-        chosen = choose_precision("auto", device, allowed, safe)
+        members = manifest.members if manifest else ()
+        found = [choose_precision("auto", device, m.precision, lookup(m.backbone).fp16_safe) for m in members]
+        chosen = ", ".join(dict.fromkeys(found)) or native_precision(device)
         threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
         yield Check("PASS", f"a job would compute on {device.type}{threads} in {chosen}")
     except UserError as error:
@@ -146,10 +148,11 @@ def check_ensemble(folder: Path) -> Iterator[Check]:
     except UserError as error:
         yield Check("FAIL", f"ensemble: {error}", "./build.sh --engine native makes the base of weights/default")
         return
-    about = f"{manifest.name}: {manifest.backbone}, {len(manifest.folds)} folds, threshold {manifest.threshold:.3f}"
+    members = ", ".join(f"{len(member.folds)} folds on {member.backbone}" for member in manifest.members)
+    about = f"{manifest.name}: {members}, threshold {manifest.threshold:.3f}"
     files: list[tuple[str, list[tuple[Path, str]]]] = [
         (f"ensemble {about}, {len(manifest.files)} files", list(manifest.files.items())),
-        (f"base weights {manifest.base}", [(manifest.base, manifest.base_sha256)]),
+        *((f"base weights {base}", [(base, digest)]) for base, digest in manifest.bases.items()),
     ]
     for name, part in files:
         try:
@@ -159,14 +162,13 @@ def check_ensemble(folder: Path) -> Iterator[Check]:
             yield Check("FAIL", str(error), "copy or export it again")
 
 
-def main(arguments: list[str]) -> int:
-    """Prints every check as it is done; 1 when one failed."""
-    parser = argparse.ArgumentParser(prog="python -m inference doctor", description="Check this machine.")
+def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", type=Path, metavar="DIR", help="ensemble folder (default as for a job)")
-    options = parser.parse_args(arguments)
-    from .__main__ import default_weights
 
-    folder = options.weights or default_weights()
+
+def run(options: argparse.Namespace) -> int:
+    """Print every check as it is done; exit code 1 when one failed."""
+    folder = options.weights or default_ensemble()
     try:
         manifest = load_manifest(folder)
     except UserError:
@@ -184,4 +186,4 @@ def main(arguments: list[str]) -> int:
             print(line, flush=True)
             found.append(line.level)
     print(", ".join(f"{found.count(level)} {level}" for level in ("PASS", "WARN", "FAIL")))
-    return 1 if "FAIL" in found else 0
+    return FAILED if "FAIL" in found else 0

@@ -1,21 +1,28 @@
-"""An ensemble folder, loaded: one shared base, F fused folds, one P(atypical) per crop."""
+"""An ensemble folder, loaded: members one after another, each a shared base with F fused folds; one answer per crop."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from . import manifest as manifests
 from .adapters import Weights
+from .averaging import average
 from .backbones import lookup
+from .checksums import check_ensemble
 from .device import DTYPES, choose_device, choose_precision, keep_freed_memory
 from .errors import UserError
-from .manifest import Manifest, check_hashes, load_manifest
+from .exits import is_device_memory
+from .manifest import TTA_VIEWS, Manifest, load_manifest
 from .models import logits
-from .preprocess import TTA_VIEWS, Preprocess, to_batch, views
+from .preprocess import Preprocess, to_batch, views
 
 # Bytes of the widest layer's activations in a pass. A GPU is busy long before; on the CPU larger ones leave the caches.
 WIDEST = {"cuda": 96 << 20, "cpu": 32 << 20}
@@ -23,96 +30,193 @@ WIDEST = {"cuda": 96 << 20, "cpu": 32 << 20}
 
 @dataclass(frozen=True)
 class Prediction:
-    """p_atypical (N,) of the ensemble and fold_p (F, N) of each fold, in [0, 1]; logits (F, V, N) before averaging."""
+    """Answers for N crops by M members with F folds in all; every probability in [0, 1].
+
+    p_atypical (N,) of the ensemble; member_p (M, N) of each member; fold_p (F, N) of each fold, member after member;
+    logits: (folds, V, N) of each member before averaging; recomputed: crops whose logits were not finite at first
+    """
 
     p_atypical: np.ndarray
+    member_p: np.ndarray
     fold_p: np.ndarray
-    logits: np.ndarray
+    logits: tuple[np.ndarray, ...]
+    recomputed: int = 0
 
     @property
     def spread(self) -> np.ndarray:
         """Largest minus smallest fold, per crop (N,)."""
-        return self.fold_p.max(0) - self.fold_p.min(0)
+        return np.ptp(self.fold_p, axis=0)
+
+    @property
+    def member_spread(self) -> np.ndarray:
+        """Largest minus smallest fold of each member (M, N)."""
+        ends = np.cumsum([len(member) for member in self.logits])[:-1]
+        return np.stack([np.ptp(folds, axis=0) for folds in np.split(self.fold_p, ends)])
 
 
-def average(logits: np.ndarray, averaging: str, temperature: float) -> tuple[np.ndarray, np.ndarray]:
-    """Logits (F, V, N) to P(atypical) of the ensemble (N,) and of each fold (F, N), by the manifest's rule."""
-    scaled = logits.astype(np.float64) / temperature
-    with np.errstate(over="ignore"):
-        sigmoid = lambda z: 1 / (1 + np.exp(-z))  # noqa: E731
-        if averaging == "logit":
-            return sigmoid(scaled.mean((0, 1))), sigmoid(scaled.mean(1))
-        return sigmoid(scaled).mean((0, 1)), sigmoid(scaled).mean(1)
+def combine(member_logits: Sequence[np.ndarray], about: Manifest, recomputed: int = 0) -> Prediction:
+    """The answers from the members' logits, each (folds, V, N), by the manifest's rule."""
+    rule = about.averaging, about.temperature
+    p = average(member_logits, *rule, [member.weight for member in about.members])
+    member_p = np.stack([average([z], *rule) for z in member_logits])
+    fold_p = np.stack([average([fold[None]], *rule) for z in member_logits for fold in z])
+    return Prediction(p, member_p, fold_p, tuple(member_logits), recomputed)
 
 
-class Ensemble:
-    """Load with `Ensemble.load(folder)`; `predict` takes crops of any size and number."""
+class Member:
+    """One base with its folds on a device: fused when it first predicts, and dropped by `free`."""
 
-    def __init__(self, manifest: Manifest, device: str = "auto", precision: str = "auto") -> None:
-        """The files are taken to be checked already; `load` checks them first."""
-        self.manifest = manifest
-        self.row = lookup(manifest.backbone)
-        self.device = choose_device(device)
-        self.precision = choose_precision(precision, self.device, manifest.precision, self.row.fp16_safe)
-        if self.device.type == "cpu":
-            keep_freed_memory()
-        self.preprocess = Preprocess(**manifest.preprocess)
+    def __init__(
+        self, about: manifests.Member, device: torch.device, precision: str, shared: dict[Any, dict[Any, Any]]
+    ) -> None:
+        """shared: by base and precision, the tensors that members with the same base have in common."""
+        self.about = about
+        self.backbone = lookup(about.backbone)
+        self.device = device
+        self.precision = choose_precision(precision, device, about.precision, self.backbone.fp16_safe)
+        self.preprocess = Preprocess(**about.preprocess)
+        self.seconds = 0.0  # spent in `predict`
+        self.weights_seconds = 0.0  # of these, spent reading, fusing and converting weights
         self.recomputed = 0  # crops whose logits were not finite in the chosen precision
-        self.weights = Weights(manifest.base, list(manifest.folds), self.device, DTYPES[self.precision])
+        self._shared = shared
+        self._weights: Weights | None = None
         self._batch = 0
 
-    @classmethod
-    def load(cls, folder: Path, device: str = "auto", precision: str = "auto") -> Ensemble:
-        """Read, validate and hash-check the ensemble in `folder`. UserError where anything is missing or altered."""
-        manifest = load_manifest(Path(folder))
-        check_hashes([*manifest.files.items(), (manifest.base, manifest.base_sha256)])
-        return cls(manifest, device, precision)
+    @property
+    def weights(self) -> Weights:
+        if self._weights is None:
+            start = time.perf_counter()
+            shared = self._shared.setdefault((self.about.base, self.precision), {})
+            folds = list(self.about.folds)
+            self._weights = Weights(self.about.base, folds, self.device, DTYPES[self.precision], shared)
+            self.weights_seconds += time.perf_counter() - start
+        return self._weights
 
-    def predict(self, crops: Sequence[np.ndarray]) -> Prediction:
-        """P(atypical) of crops, each uint8 RGB (H, W, 3). A crop's answer does not depend on its neighbours."""
-        if not len(crops):
-            raise UserError("found no crops; expected one or more")
-        all_logits = []
+    def free(self, share_base: bool) -> None:
+        """Drop the folds' weights, and the base's unless a later member will take them."""
+        self._weights = None
+        if not share_base:
+            self._shared.pop((self.about.base, self.precision), None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def predict(self, crops: Sequence[np.ndarray], tta: str) -> np.ndarray:
+        """Finite fp32 logits (F, V, N) by the views of `tta`.
+
+        A pass that does not fit into the device's memory is halved, and later ones stay so.
+        """
+        start, read = time.perf_counter(), self.weights.seconds
+        parts = []
         begin = 0
         while begin < len(crops):
-            size = self._batch or self._first_batch()
+            size = self._batch or self._first_batch(tta)
             try:
-                all_logits.append(self._logits(crops[begin : begin + size], self.weights))
-            except torch.OutOfMemoryError:
+                parts.append(self._logits(crops[begin : begin + size], tta, self.weights))
+            except RuntimeError as error:  # torch.OutOfMemoryError is one, and not the only one
+                if not is_device_memory(error):
+                    raise
                 if size == 1:
                     raise UserError(
-                        "out of device memory with one crop; expected a GPU with more; use --device cpu"
+                        f"{self.about.name} ran out of device memory with one crop; expected a GPU with more; "
+                        "use --device cpu"
                     ) from None
                 torch.cuda.empty_cache()
                 self._batch = size // 2
                 continue
             begin += size
-        result = np.concatenate(all_logits, axis=2)
-        return Prediction(*average(result, self.manifest.averaging, self.manifest.temperature), result)
+        self.seconds += time.perf_counter() - start
+        self.weights_seconds += self.weights.seconds - read
+        return np.concatenate(parts, axis=2)
 
-    def _first_batch(self) -> int:
+    def _first_batch(self, tta: str) -> int:
         """Crops per pass, from the widest layer's activations."""
-        size, folds = self.preprocess.size, len(self.manifest.folds)
-        if not self.row.heads:  # a convolutional network: about 96 channels at half the side, before most folds part
+        size, folds = self.preprocess.size, len(self.about.folds)
+        if not self.backbone.heads:  # a convolutional network: about 96 channels at half the side, shared by most folds
             values = 96 * (size // 2) ** 2
         else:
             _, _, patch, _ = self.weights.shape("patch_embed.proj.weight")
             names = ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc1_g.weight", "blocks.0.attn.qkv.weight")
-            values = (
-                folds * (size // patch) ** 2 * max(self.weights.shape(n)[0] for n in names if n in self.weights.names)
-            )
-        values *= TTA_VIEWS[self.manifest.tta] * self.weights.dtype.itemsize
+            widths = [self.weights.shape(name)[0] for name in names if name in self.weights.names]
+            values = folds * (size // patch) ** 2 * max(widths)
+        values *= TTA_VIEWS[tta] * self.weights.dtype.itemsize
         return max(1, WIDEST[self.device.type] // values)
 
     @torch.inference_mode()
-    def _logits(self, crops: Sequence[np.ndarray], weights: Weights) -> np.ndarray:
+    def _logits(self, crops: Sequence[np.ndarray], tta: str, weights: Weights) -> np.ndarray:
         """Finite fp32 logits (F, V, N)."""
-        batch = views(to_batch(crops, self.preprocess).to(self.device), self.manifest.tta)
-        out = logits(batch, weights, self.row, self.manifest.pool)  # (F, V * N)
-        out = out.unflatten(1, (TTA_VIEWS[self.manifest.tta], len(crops))).cpu().numpy()
+        batch = views(to_batch(crops, self.preprocess).to(self.device), tta)
+        out = logits(batch, weights, self.backbone, self.about.pool)  # (F, V * N)
+        out = out.unflatten(1, (TTA_VIEWS[tta], len(crops))).cpu().numpy()
         if not np.isfinite(out).all():
             if weights.dtype == torch.float32:
-                raise UserError("the ensemble's logits are not finite in fp32; expected finite ones; export it again")
+                raise UserError(
+                    f"the logits of {self.about.name} are not finite in fp32; expected finite ones; export it again"
+                )
             self.recomputed += len(crops)
-            return self._logits(crops, weights.convert_to(torch.float32))
+            return self._logits(crops, tta, weights.convert_to(torch.float32))
         return out
+
+
+class Ensemble:
+    """Load with `Ensemble.load(folder)`; `predict` takes crops of any size and number.
+
+    A crop's answer does not depend on its neighbours.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        device: str = "auto",
+        precision: str = "auto",
+        *,
+        checks: Sequence[Future[None]] = (),
+        keep: bool = True,
+    ) -> None:
+        """The files are taken to be checked already, unless `checks` has a future for each member.
+
+        keep: hold every member's weights for the next call; a job makes one, and needs memory for the largest only
+        """
+        self.manifest = manifest
+        self.device = choose_device(device)
+        shared: dict[Any, dict[Any, Any]] = {}
+        self.members = [Member(about, self.device, precision, shared) for about in manifest.members]
+        self.checks, self.keep = checks, keep
+        if self.device.type == "cpu":
+            keep_freed_memory()
+
+    @classmethod
+    def load(cls, folder: Path, device: str = "auto", precision: str = "auto") -> Ensemble:
+        """Read, validate and hash-check the ensemble in `folder`. UserError where anything is missing or altered."""
+        manifest = load_manifest(Path(folder))
+        check_ensemble(manifest)
+        return cls(manifest, device, precision)
+
+    @property
+    def precision(self) -> str:
+        """Of all members: one name, or one for each where they differ."""
+        found = [member.precision for member in self.members]
+        return found[0] if len(set(found)) == 1 else "+".join(found)
+
+    @property
+    def device_name(self) -> str:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"cpu ({torch.get_num_threads()} threads)"
+
+    def device_bytes(self) -> int:
+        """The most memory that was allocated on the GPU; 0 on the CPU."""
+        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
+
+    def predict(self, crops: Sequence[np.ndarray], tta: str | None = None) -> Prediction:
+        """P(atypical) of crops, each uint8 RGB (H, W, 3). tta: other views than each member's own."""
+        if not len(crops):
+            raise UserError("found no crops; expected one or more; check the input")
+        before = sum(member.recomputed for member in self.members)
+        found = []
+        for number, member in enumerate(self.members):
+            if number < len(self.checks):
+                self.checks[number].result()
+            found.append(member.predict(crops, tta or member.about.tta))
+            if not self.keep:
+                member.free(any(later.about.base == member.about.base for later in self.members[number + 1 :]))
+        return combine(found, self.manifest, sum(member.recomputed for member in self.members) - before)

@@ -1,4 +1,4 @@
-"""How a job ends: a log that cannot fail it, a stderr that holds one line or none, and words for every failure.
+"""How a program ends: its exit codes, a log that cannot fail it, one line or none on stderr, words for every failure.
 
 The platform marks a job that wrote to stderr, and shows the last line of it where the job failed.
 """
@@ -15,8 +15,18 @@ from collections.abc import Iterator
 
 from .errors import UserError
 
+FAILED = 1  # nothing was done; one line on stderr says why. argparse takes 2
+INCOMPLETE = 3  # the run finished, but some crops could not be read: each is named on stderr, the rest is answered
+INTERRUPTED = 130  # by Ctrl-C, as shells count it
+
 LONGEST = 900  # characters of a message; the platform cuts at 1,024
 LEAST = 1 << 30  # bytes; a job with the smallest ensemble takes 0.9 of it
+DEVICE_MEMORY = (
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "unable to find an engine to execute",
+)
 MEMORY = "can't allocate memory", "cannot allocate memory", "bad_alloc", "failed to map segment", "not enough memory"
 
 
@@ -69,6 +79,11 @@ def check_memory_limit() -> None:
             raise UserError(
                 f"the job's memory limit is {allowed >> 20:,} MiB; expected {LEAST >> 20:,} or more; give it more"
             )
+
+
+def is_device_memory(error: BaseException) -> bool:
+    """Whether a GPU ran out of memory, under any of the names that CUDA's libraries give it."""
+    return type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in DEVICE_MEMORY)
 
 
 def is_memory(error: BaseException | None) -> bool:

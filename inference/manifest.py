@@ -1,73 +1,112 @@
 """The manifest of an ensemble folder, `ensemble.json`: everything a probability depends on, validated when loaded.
 
-Standard library only: a job reads and hashes its files while PyTorch is still being imported.
+Format 2 lists members: each is a base with its folds, its own preprocessing, pooling and views. Format 1, of ensembles
+with one base, says of the whole what a member says in format 2, and opens as an ensemble of one member.
+Standard library only: a job reads it while PyTorch is still being imported.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-import mmap
-import os
 import re
-from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .jsonfile import read_json
+from .files import read_json
 
 FILE = "ensemble.json"
-FORMAT = 1
+FORMATS = (1, 2)
 BASES = Path(__file__).resolve().parent.parent / "weights" / "bases"  # shared by all ensembles of this tree
-MAX_FOLDS = 64
+MODEL_TARBALL = Path("/opt/ml/model")  # where the platform unpacks an uploaded model
+BUNDLED = Path(__file__).resolve().parent.parent / "weights" / "default"
+MAX_MEMBERS, MAX_FOLDS = 8, 64
 PICKLES = (".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".p", ".pickle", ".pkl", ".pt", ".pt2", ".pth")
 
+POOLS = ("token", "avg", "token+avg")
+KERNELS = ("bilinear", "bicubic")
+TTA_VIEWS = {"none": 1, "rot4": 4, "d4": 8}  # d4: the eight symmetries of the square
+AVERAGING = ("logit", "probability")
+PRECISIONS = ("fp32", "fp16", "bf16")
+
 # key: (type, accepts)
-_SCHEMA: dict[str, tuple[Any, Any]] = {
-    "name": (str, lambda v: v.isprintable() and 0 < len(v) <= 100),  # it is printed into logs
+_MEMBER: dict[str, tuple[Any, Any]] = {
     "backbone": (str, None),
-    "pool": (str, ("token", "avg", "token+avg")),
+    "pool": (str, POOLS),
     "base": (dict, None),
     "preprocess": (dict, None),
     "folds": (list, None),
-    "tta": (str, ("none", "rot4", "d4")),
-    "averaging": (str, ("logit", "probability")),
-    "temperature": (float, lambda v: 0 < v < math.inf),
-    "threshold": (float, lambda v: 0 < v < 1),
+    "tta": (str, tuple(TTA_VIEWS)),
     "precision": (dict, None),
     "licence": (dict, None),
+}
+_WHOLE: dict[str, tuple[Any, Any]] = {
+    "name": (str, lambda v: _is_title(v)),  # it is printed into logs
+    "averaging": (str, AVERAGING),
+    "temperature": (float, lambda v: 0 < v < math.inf),
+    "threshold": (float, lambda v: 0 < v < 1),
     "provenance": (dict, None),
 }
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """One ensemble. Paths are absolute, hashes SHA-256 in hex.
+class Member:
+    """One base with its folds. Paths are absolute, hashes SHA-256 in hex.
 
+    weight: its share of the ensemble's mean; all members' add up to 1
     preprocess: crop (pixels or None), size, kernel, mean, std, as `inference.preprocess.Preprocess` takes them
-    temperature: the averaged logit is divided by it; threshold: on the resulting P(atypical)
     precision: by name, the largest difference of P(atypical) to fp32 that was measured, or None where it is not allowed
+    files: its folds' files with their hashes
     """
 
-    folder: Path
     name: str
+    weight: float
     backbone: str
     pool: str
     base: Path
     base_sha256: str
     preprocess: dict[str, Any]
     folds: tuple[Path, ...]
-    files: dict[Path, str]  # every file but the base, with its hash
+    files: dict[Path, str]
     tta: str
+    precision: dict[str, float | None]
+    licence: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One ensemble of one to eight members.
+
+    temperature: every logit is divided by it; threshold: on the resulting P(atypical)
+    """
+
+    folder: Path
+    name: str
+    members: tuple[Member, ...]
     averaging: str
     temperature: float
     threshold: float
-    precision: dict[str, float | None]
-    licence: dict[str, Any]
     provenance: dict[str, Any]
+
+    @property
+    def files(self) -> dict[Path, str]:
+        """Every file but the bases, with its hash."""
+        return {file: digest for member in self.members for file, digest in member.files.items()}
+
+    @property
+    def bases(self) -> dict[Path, str]:
+        """Every base once, with its hash."""
+        return {member.base: member.base_sha256 for member in self.members}
+
+
+def default_ensemble() -> Path:
+    """The ensemble of a command that names none: the uploaded model where there is one, else the bundled one.
+
+    Whatever was uploaded counts: a tarball without ensemble.json is refused, not answered with another ensemble.
+    """
+    uploaded = MODEL_TARBALL.is_dir() and any(not path.name.startswith(".") for path in MODEL_TARBALL.iterdir())
+    return MODEL_TARBALL if uploaded else BUNDLED
 
 
 def holds_ensemble(folder: Path) -> bool:
@@ -83,45 +122,115 @@ def load_manifest(folder: Path) -> Manifest:
         raise UserError(
             f"no {FILE} in {folder}; expected an ensemble folder; make one with 'training export'"
         ) from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") not in FORMATS:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise UserError(f"{file} has format {found!r:.80}; expected {FORMAT}; export the ensemble again")
-    for key, (kind, accepts) in _SCHEMA.items():
+        wanted = " or ".join(map(str, FORMATS))
+        raise UserError(f"{file} has format {found!r:.80}; expected {wanted}; export the ensemble again")
+    for key, (kind, accepts) in _WHOLE.items():
         _check(file, key, content.get(key), kind, accepts)
-    base, preprocess = content["base"], content["preprocess"]
-    _check(file, "base.file", base.get("file"), str, lambda v: _is_plain_name(v) and v.endswith(".safetensors"))
-    _check(file, "base.sha256", base.get("sha256"), str, _is_sha256)
-    if not 1 <= len(content["folds"]) <= MAX_FOLDS:
-        raise UserError(f"{file}: {len(content['folds'])} folds; expected 1 to {MAX_FOLDS}; export the ensemble again")
-    _check_preprocess(file, preprocess)
-    folds, files = [], {}
-    for number, fold in enumerate(content["folds"]):
-        where = f"folds[{number}]"
-        _check(file, where, fold, dict, None)
-        _check(file, f"{where}.folder", fold.get("folder"), str, _is_plain_name)
-        _check(file, f"{where}.sha256", fold.get("sha256"), dict, None)
+    members = _members(folder, file, content)
+    _refuse_pickles([folder, *(fold for member in members for fold in member.folds)])
+    return Manifest(
+        folder=folder,
+        name=content["name"],
+        members=members,
+        averaging=content["averaging"],
+        temperature=float(content["temperature"]),
+        threshold=float(content["threshold"]),
+        provenance=content["provenance"],
+    )
+
+
+def _members(folder: Path, file: Path, content: dict[str, Any]) -> tuple[Member, ...]:
+    if content["format"] == 1:
+        return (_member(folder, file, content | {"name": content.get("backbone")}, 1.0, ""),)
+    entries, weights = content.get("members"), content.get("weights")
+    if not isinstance(entries, list) or not 1 <= len(entries) <= MAX_MEMBERS:
+        raise UserError(f"{file}: members is {entries!r:.80}; expected a list of 1 to {MAX_MEMBERS}; combine again")
+    if (
+        not isinstance(weights, list)
+        or len(weights) != len(entries)
+        or not all(map(_is_share, weights))
+        or (not math.isclose(sum(weights), 1, abs_tol=1e-6))
+    ):
+        raise UserError(
+            f"{file}: weights is {weights!r:.80}; expected a positive number for each member, 1 in all; combine again"
+        )
+    members = []
+    for number, (entry, weight) in enumerate(zip(entries, weights, strict=True)):
+        where = f"members[{number}]"
+        _check(file, where, entry, dict, None)
+        _check(file, f"{where}.name", entry.get("name"), str, _is_plain_name)
+        members.append(_member(folder, file, entry, float(weight), f"{where}."))
+    if len({member.name for member in members}) < len(members):
+        raise UserError(f"{file}: two members have one name; expected one of its own for each; combine again")
+    folders = [fold for member in members for fold in member.folds]
+    if len(set(folders)) < len(folders):
+        raise UserError(f"{file}: two members share a fold's folder; expected one of its own for each; combine again")
+    digests: dict[Path, str] = {}
+    for member in members:
+        if digests.setdefault(member.base, member.base_sha256) != member.base_sha256:
+            raise UserError(f"{file}: {member.base.name} has two hashes; expected one file for one base; combine again")
+    return tuple(members)
+
+
+def _member(folder: Path, file: Path, entry: dict[str, Any], weight: float, where: str) -> Member:
+    """One member; `where` comes before its keys in messages."""
+    for key, (kind, accepts) in _MEMBER.items():
+        _check(file, where + key, entry.get(key), kind, accepts)
+    base = entry["base"]
+    _check(file, f"{where}base.file", base.get("file"), str, lambda v: _is_plain_name(v) and v.endswith(".safetensors"))
+    _check(file, f"{where}base.sha256", base.get("sha256"), str, _is_sha256)
+    if not 1 <= len(entry["folds"]) <= MAX_FOLDS:
+        raise UserError(
+            f"{file}: {len(entry['folds'])} {where}folds; expected 1 to {MAX_FOLDS}; export the ensemble again"
+        )
+    _check_preprocess(file, where, entry["preprocess"])
+    folds: list[Path] = []
+    files: dict[Path, str] = {}
+    for number, fold in enumerate(entry["folds"]):
+        place = f"{where}folds[{number}]"
+        _check(file, place, fold, dict, None)
+        _check(file, f"{place}.folder", fold.get("folder"), str, _is_plain_name)
+        _check(file, f"{place}.sha256", fold.get("sha256"), dict, None)
         for name in ("adapter_config.json", "adapter_model.safetensors"):
-            _check(file, f"{where}.sha256[{name!r}]", fold["sha256"].get(name), str, _is_sha256)
+            _check(file, f"{place}.sha256[{name!r}]", fold["sha256"].get(name), str, _is_sha256)
             files[folder / fold["folder"] / name] = fold["sha256"][name]
         if folder / fold["folder"] in folds:
             raise UserError(f"{file}: folder {fold['folder']} is listed twice; expected one fold each; export again")
         folds.append(folder / fold["folder"])
-    _refuse_pickles([folder, *folds])
-    for name, drift in content["precision"].items():
-        if name not in ("fp32", "bf16", "fp16") or not (drift is None or _is_number(drift)):
+    for name, drift in entry["precision"].items():
+        if name not in PRECISIONS or not (drift is None or _is_number(drift)):
             raise UserError(
-                f"{file}: precision {name!r:.40}: {drift!r:.40} is not valid; expected fp32, bf16 or fp16 "
+                f"{file}: {where}precision {name!r:.40}: {drift!r:.40} is not valid; expected fp32, bf16 or fp16 "
                 "with a number; export again"
             )
-    return Manifest(
-        folder, content["name"], content["backbone"], content["pool"], _find_base(folder, base["file"]), base["sha256"],
-        preprocess, tuple(folds), files, content["tta"], content["averaging"], float(content["temperature"]),
-        float(content["threshold"]), content["precision"], content["licence"], content["provenance"],
-    )  # fmt: skip
+    return Member(
+        name=entry["name"],
+        weight=weight,
+        backbone=entry["backbone"],
+        pool=entry["pool"],
+        base=_find_base(folder, base["file"]),
+        base_sha256=base["sha256"],
+        preprocess=entry["preprocess"],
+        folds=tuple(folds),
+        files=files,
+        tta=entry["tta"],
+        precision=entry["precision"],
+        licence=entry["licence"],
+    )
+
+
+def _is_title(text: str) -> bool:
+    return text.isprintable() and 0 < len(text) <= 100
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 < value <= 1
 
 
 def _is_plain_name(name: str) -> bool:
@@ -153,23 +262,25 @@ def _check(file: Path, key: str, value: Any, kind: Any, accepts: Any) -> None:
         raise UserError(f"{file}: {key} is {value!r:.80}; expected {wanted}; export the ensemble again")
 
 
-def _check_preprocess(file: Path, preprocess: dict[str, Any]) -> None:
+def _check_preprocess(file: Path, where: str, preprocess: dict[str, Any]) -> None:
     side = lambda value: isinstance(value, int) and not isinstance(value, bool) and 8 <= value <= 4096  # noqa: E731
     triple = lambda value: isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))  # noqa: E731
     rules = {
         "crop": lambda v: v is None or side(v),
         "size": side,
-        "kernel": lambda v: v in ("bilinear", "bicubic"),
+        "kernel": lambda v: v in KERNELS,
         "mean": triple,
         "std": lambda v: triple(v) and min(v) > 0,
     }
     for key in sorted(rules.keys() ^ preprocess.keys()):
         raise UserError(
-            f"{file}: preprocess.{key:.40} is missing or not known; expected {', '.join(rules)}; export again"
+            f"{file}: {where}preprocess.{key:.40} is missing or not known; expected {', '.join(rules)}; export again"
         )
     for key, accepts in rules.items():
         if not accepts(preprocess[key]):
-            raise UserError(f"{file}: preprocess.{key} is {preprocess[key]!r:.80}; expected a valid one; export again")
+            raise UserError(
+                f"{file}: {where}preprocess.{key} is {preprocess[key]!r:.80}; expected a valid one; export again"
+            )
 
 
 def _find_base(folder: Path, name: str) -> Path:
@@ -179,37 +290,3 @@ def _find_base(folder: Path, name: str) -> Path:
             return place
     command = f"python -m training base {name.removesuffix('.safetensors')}"
     raise UserError(f"base weights {name} not found; expected them in {folder} or {BASES}; make them with '{command}'")
-
-
-def sha256(file: Path) -> str:
-    """SHA-256 of a file, in hex, as one call on the mapped file.
-
-    A call holds the interpreter lock only when it begins and ends; block by block, beside the import of PyTorch, the
-    lock would be waited for at each block.
-    """
-    with file.open("rb") as stream:
-        if not os.fstat(stream.fileno()).st_size:  # nothing to map
-            return hashlib.sha256().hexdigest()
-        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return hashlib.sha256(content).hexdigest()
-
-
-def check_hashes(files: Iterable[tuple[Path, str]]) -> None:
-    """UserError where a file is missing or is not the one that the manifest names."""
-    for file, expected in files:
-        try:
-            found = sha256(file)
-        except OSError as error:
-            raise UserError(
-                f"{file} cannot be read ({error.strerror}); expected it as the manifest says; copy it again"
-            ) from None
-        if found != expected:
-            raise UserError(f"{file} has SHA-256 {found}; the manifest expects {expected}; copy the ensemble again")
-
-
-def start_hash_check(manifest: Manifest) -> Future[None]:
-    """Check all hashes in a thread; returns a future whose `result()` raises UserError where one is wrong."""
-    pool = ThreadPoolExecutor(1)
-    future = pool.submit(check_hashes, [*manifest.files.items(), (manifest.base, manifest.base_sha256)])
-    pool.shutdown(wait=False)
-    return future

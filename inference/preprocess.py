@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-KERNELS = ("bilinear", "bicubic")
-TTA_VIEWS = {"none": 1, "rot4": 4, "d4": 8}  # d4: the eight symmetries of the square
-
 
 @dataclass(frozen=True)
 class Preprocess:

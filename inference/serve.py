@@ -23,9 +23,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .contract import find_stack, remove_answers, write_answers
+from .commandline import add_ensemble_options
 from .errors import UserError
 from .exits import describe, log, stderr_in_log
+from .job import Clock, answer_stack
+from .manifest import default_ensemble
 
 if TYPE_CHECKING:
     from .ensemble import Ensemble
@@ -48,18 +50,10 @@ def load(weights: Path, device: str, precision: str) -> Ensemble:
 
 
 def run_task(ensemble: Ensemble, input_dir: Path, output_dir: Path) -> dict[str, Any]:
-    """Answers the stack in `input_dir`; returns the number of pages and the seconds. UserError as in a job."""
-    from .imageio.stack import read_stack
-
-    start, recomputed = time.perf_counter(), ensemble.recomputed
-    remove_answers(output_dir)
-    crops = read_stack(find_stack(input_dir))
-    prediction = ensemble.predict(crops)
-    write_answers(output_dir, prediction.p_atypical.tolist(), ensemble.manifest.threshold)
-    done = {"pages": len(crops), "seconds": round(time.perf_counter() - start, 3)}
-    if ensemble.recomputed > recomputed:
-        log(f"note: {ensemble.recomputed - recomputed} crops were recomputed in fp32, their logits were not finite")
-    return done
+    """Answer the stack in `input_dir`; returns the number of pages and the seconds. UserError as in a job."""
+    clock = Clock(time.perf_counter())
+    _, prediction = answer_stack(input_dir, output_dir, lambda: lambda: ensemble, clock)
+    return {"pages": len(prediction.p_atypical), "seconds": round(sum(clock.seconds.values()), 3)}
 
 
 class Server(ThreadingHTTPServer):
@@ -136,33 +130,24 @@ def unknown(path: str) -> Answer:
     return 404, {"error": f"nothing at {path[:100]}; expected GET /health or POST /invoke"}
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m inference serve", description="Answer tasks over HTTP (the platform's invoke interface)."
-    )
+def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--input", type=Path, default=Path("/input"), metavar="DIR", help="of every task (default /input)")
     add("--output", type=Path, default=Path("/output"), metavar="DIR", help="of every task (default /output)")
-    add("--weights", type=Path, metavar="DIR", help="ensemble folder (default as for a job)")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    add("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto")
+    add_ensemble_options(parser)
     add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1; in the image 0.0.0.0)")
     add("--port", type=int, default=PORT, help=f"default {PORT}, the platform's")
-    return parser.parse_args(arguments)
 
 
-def main(arguments: list[str]) -> int:
-    """Serves until TERM or an interrupt; raises UserError where the ensemble or the port cannot be had."""
-    from .__main__ import default_weights
-
-    options = parse(arguments)
+def run(options: argparse.Namespace) -> None:
+    """Serve until TERM or an interrupt; UserError where the ensemble or the port cannot be had."""
     for number in (signal.SIGTERM, signal.SIGINT):  # while it loads there is nothing to finish
         signal.signal(number, lambda *_: os._exit(0))
     start = time.perf_counter()
     with ThreadPoolExecutor(1) as pool:  # PyTorch keeps its worker threads for the thread that first computed
         with stderr_in_log():
             ensemble = pool.submit(
-                load, options.weights or default_weights(), options.device, options.precision
+                load, options.weights or default_ensemble(), options.device, options.precision
             ).result()
         server = Server((options.host, options.port), pool, lambda: run_task(ensemble, options.input, options.output))
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -173,4 +158,3 @@ def main(arguments: list[str]) -> int:
         with server.turn:  # the task that runs, and its response
             server.server_close()
     log("stopped")
-    return 0

@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from inference.backbones import BACKBONES, build, lookup
+from inference.checksums import sha256
 from inference.errors import UserError
-from inference.manifest import BASES, sha256
+from inference.manifest import BASES
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 

@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 
 from inference.errors import UserError
-from inference.preprocess import TTA_VIEWS
-
-from .metrics import balanced_accuracy, best_threshold, group_bootstrap, roc_auc
+from inference.manifest import TTA_VIEWS
+from inference.metrics import balanced_accuracy, best_threshold, group_bootstrap, roc_auc
 
 MINIMAL_GAIN = 5e-4  # in AUC: less does not pay for more views
 RESAMPLES = 1000

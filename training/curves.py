@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from inference.metrics import balanced_accuracy, reliability, roc_curve, sensitivity, specificity
+
 from .calibrate import OutOfFold
 from .charts import COLOURS, Chart, ticks
-from .metrics import balanced_accuracy, reliability, roc_curve, sensitivity, specificity
 
 
 def roc_chart(oof: OutOfFold, p: np.ndarray, threshold: float) -> Chart:

@@ -15,9 +15,10 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 
 from inference.backbones import lookup
+from inference.checksums import sha256
 from inference.ensemble import Ensemble
 from inference.errors import UserError
-from inference.manifest import BASES, FILE, FORMAT, load_manifest, sha256
+from inference.manifest import BASES, FILE, load_manifest
 
 from .calibrate import calibrate, read_out_of_fold
 from .fit import load_crops
@@ -62,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
         shutil.copyfile(base, options.output / base.name)
     preprocess = vars(recipe.preprocess())
     manifest: dict[str, Any] = {
-        "format": FORMAT, "name": options.name or options.output.name, "backbone": recipe.backbone,
+        "format": 1, "name": options.name or options.output.name, "backbone": recipe.backbone,
         "pool": recipe.pool or row.pool, "base": {"file": base.name, "sha256": sha256(base)},
         "preprocess": preprocess | {"mean": list(preprocess["mean"]), "std": list(preprocess["std"])},
         "folds": folds, "tta": calibration["tta"], "averaging": calibration["averaging"],
@@ -123,7 +124,7 @@ def measure_drift(folder: Path, run: Path) -> dict[str, float | None]:
     crops = load_crops([Crop(paths[n], 0, "", "") for n in chosen])
     exact = Ensemble.load(folder, "cpu", "fp32").predict(crops).p_atypical
     drift: dict[str, float | None] = {"fp32": 0.0}
-    fp16_safe = lookup(load_manifest(folder).backbone).fp16_safe
+    fp16_safe = lookup(load_manifest(folder).members[0].backbone).fp16_safe
     for precision in ("bf16", "fp16"):
         if precision == "fp16" and not fp16_safe:
             drift[precision] = None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from inference.errors import UserError
+from inference.labels import parse_label
 
 IMAGES = (".png", ".tif", ".tiff", ".jpg", ".jpeg")
 
@@ -53,14 +54,6 @@ def scanner_name(text: str) -> str:
     return re.sub(r"\s+", " ", text.strip()).replace("Hammamatsu", "Hamamatsu")
 
 
-def read_label(text: str, where: str) -> int:
-    """1 for atypical, 0 for normal, however the data sets write it."""
-    known = {"1": 1, "0": 0, "atypical": 1, "normal": 0, "amf": 1, "nmf": 0, "mf": 0, "true": 1, "false": 0}
-    if text.strip().lower() not in known:
-        raise UserError(f"{where}: label {text!r} is not known; expected one of {', '.join(known)}; correct the table")
-    return known[text.strip().lower()]
-
-
 def _folder_label(path: Path) -> int | None:
     """What a crop's folder says about it, where it is called Atypical or Normal."""
     return {"atypical": 1, "normal": 0}.get(path.parent.name.lower())
@@ -90,7 +83,7 @@ def _ami_br(file: Path, rows: list[Row], notes: list[str], path_of: Callable[[Ro
             continue
         votes = tuple(int(row[f"expert{e}_atypical"] == "True") for e in (1, 2, 3))
         domain = f"human breast cancer x {ami_br_scanner(row['dataset'], row['slide'])}"
-        label = read_label(row.get("final_label") or row["majority_atypical"], str(file))
+        label = parse_label(row.get("final_label") or row["majority_atypical"], str(file))
         crops.append(
             Crop(path, label, f"{row['dataset']}/{row['slide']}", domain, votes, f"AMi-Br/{_ami_br_name(row)}")
         )
@@ -127,10 +120,10 @@ def midog25(file: Path, rows: list[Row], notes: list[str]) -> list[Crop]:
     for row in rows:
         answers = [row.get(f"expert{e}", "").strip() for e in (1, 2, 3)]
         votes = tuple(
-            read_label(answer, str(file)) for answer in answers if answer
+            parse_label(answer, str(file)) for answer in answers if answer
         )  # a third vote only on disagreement
         domain = f"{row['Tumor'].strip()} x {scanner_name(row['Scanner'])}"
-        name, label = row["image_id"], read_label(row["majority"], str(file))
+        name, label = row["image_id"], parse_label(row["majority"], str(file))
         crops.append(Crop(folder / name, label, f"MIDOG25/{row['filename']}", domain, votes, f"MIDOG25/{name}"))
     _count_outvoted("MIDOG25", crops, notes)
     return crops
@@ -144,7 +137,7 @@ def omg_octo(file: Path, rows: list[Row], notes: list[str]) -> list[Crop]:
         notes.append(f"OMG-Octo: {len(rows) - len(kept)} rows are neither AMF nor MF; left out")
     notes.append("OMG-Octo: tumours and scanners are not in its table; it counts as one domain")
     return [
-        Crop(images.get(name, file.parent / name), read_label(row["label"], str(file)),
+        Crop(images.get(name, file.parent / name), parse_label(row["label"], str(file)),
              f"OMG-Octo/{name.split('_')[0]}", "OMG-Octo", (), f"OMG-Octo/{name}")
         for row in kept for name in [Path(row["image_file"]).name]
     ]  # fmt: skip
@@ -164,8 +157,8 @@ def atnorm(file: Path, rows: list[Row], notes: list[str]) -> list[Crop]:
         p for kind in ("Atypical", "Normal") for p in (folder / kind).glob("*") if p.suffix.lower() in IMAGES
     ):
         label, row = int(path.parent.name == "Atypical"), votes.pop(path.name, None)
-        answers = tuple(read_label(row[f"Expert_{e}"], str(file)) for e in range(1, 6)) if row else ()
-        if row and read_label(row["Majority"], str(file)) != label:
+        answers = tuple(parse_label(row[f"Expert_{e}"], str(file)) for e in range(1, 6)) if row else ()
+        if row and parse_label(row["Majority"], str(file)) != label:
             raise UserError(f"{path} is {row['Majority']} in {file.name}; expected folder and votes to agree")
         crops.append(Crop(path, label, name, domain, answers, f"{name}/{path.parent.name}/{path.name}"))
     if votes:
@@ -184,14 +177,14 @@ def plain(file: Path, rows: list[Row], notes: list[str]) -> list[Crop]:
     crops = []
     for number, row in enumerate(rows, 2):
         where = f"{file}, line {number}"
-        votes = tuple(read_label(vote, where) for vote in re.split(r"[\s;|]+", row.get("votes") or "") if vote)
+        votes = tuple(parse_label(vote, where) for vote in re.split(r"[\s;|]+", row.get("votes") or "") if vote)
         if not row["group"]:
             raise UserError(
                 f"{where}: no group; expected the slide or case; a split cannot be checked for leaks without it"
             )
         path = Path(row["path"])
         name = f"{file.stem}/{path.name if path.is_absolute() else path.as_posix()}"
-        label, domain = read_label(row["label"], where), row["domain"] or "unknown"
+        label, domain = parse_label(row["label"], where), row["domain"] or "unknown"
         crops.append(Crop(file.parent / path, label, row["group"], domain, votes, name))
     _count_outvoted(file.name, crops, notes)
     return crops

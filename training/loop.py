@@ -25,7 +25,9 @@ from tqdm import tqdm
 
 from inference.backbones import lookup
 from inference.errors import UserError
-from inference.preprocess import TTA_VIEWS, Preprocess, normalise, to_batch, views
+from inference.manifest import TTA_VIEWS
+from inference.metrics import roc_auc
+from inference.preprocess import Preprocess, normalise, to_batch, views
 
 from .augment import augment, mixup
 from .data import Crop
@@ -33,7 +35,6 @@ from .feed import batches, canvases, epoch_order, generator, loss_weights, targe
 from .log import Log, save_atomically
 from .lora import freeze_statistics, lora_model, store_base_as, trainable
 from .losses import focal
-from .metrics import roc_auc
 from .processes import on_main, say
 from .recipe import Recipe
 

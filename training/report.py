@@ -17,11 +17,11 @@ import numpy as np
 
 from inference import manifest
 from inference.errors import UserError
-from inference.preprocess import TTA_VIEWS
+from inference.manifest import TTA_VIEWS
+from inference.metrics import intervals, scores
 
 from .calibrate import OutOfFold, averaged, calibrate, calibrated, read_out_of_fold
 from .curves import curves_chart, reliability_chart, roc_chart, threshold_chart
-from .metrics import intervals, scores
 
 PAGE = Path(manifest.__file__).parent / "report" / "page.css"  # the common look of the project's pages
 FEW = 10  # atypical crops: with fewer, one crop moves the balanced accuracy of a domain by more than five points

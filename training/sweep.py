@@ -20,12 +20,12 @@ from inference.adapters import open_safetensors
 from inference.backbones import BACKBONES, lookup
 from inference.errors import UserError
 from inference.manifest import BASES
+from inference.metrics import scores
 
 from .calibrate import OutOfFold, calibrate, calibrated, read_out_of_fold
 from .data import load_data
 from .feed import load_crops
 from .fit import add_inputs, find_base, fit, make_accelerator
-from .metrics import scores
 from .processes import say
 from .recipe import Recipe, load_recipe
 from .splits import KINDS

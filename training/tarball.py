@@ -12,8 +12,9 @@ import sys
 import tarfile
 from pathlib import Path
 
+from inference.checksums import check_ensemble
 from inference.errors import UserError
-from inference.manifest import check_hashes, load_manifest
+from inference.manifest import load_manifest
 
 
 def write_model_tarball(ensemble: Path, output: Path, with_base: bool = True) -> Path:
@@ -26,14 +27,15 @@ def write_model_tarball(ensemble: Path, output: Path, with_base: bool = True) ->
     Raises UserError where the folder is no valid ensemble or a file is not the one that its manifest names.
     """
     manifest = load_manifest(ensemble)
-    check_hashes([*manifest.files.items(), (manifest.base, manifest.base_sha256)])
+    check_ensemble(manifest)
     members = {str(path.relative_to(ensemble)): path for path in ensemble.rglob("*") if path.is_file()}
     members = {
         name: path for name, path in members.items() if not any(part.startswith(".") for part in Path(name).parts)
     }
-    members.pop(manifest.base.name, None)
-    if with_base:
-        members[manifest.base.name] = manifest.base
+    for base in manifest.bases:
+        members.pop(base.name, None)
+        if with_base:
+            members[base.name] = base
     output.mkdir(parents=True, exist_ok=True)
     target = output / f"{manifest.name}-model.tar.gz"
     partial = target.with_suffix(".partial")

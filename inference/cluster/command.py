@@ -23,14 +23,15 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry; Ray reads
 import ray
 import ray.data
 
+from ..checksums import ensemble_id
 from ..errors import UserError
-from ..manifest import FILE, load_manifest, sha256
+from ..exits import INCOMPLETE, INTERRUPTED
+from ..manifest import load_manifest
 from ..progress import Progress
 from .results import Results
 from .shards import Shard, one_line, plan, resolve, source_of
 from .worker import Scorer
 
-UNFINISHED = 3  # exit code, as for files that the local command could not read
 SHARD = 4096  # crops of a shard: seconds of a GPU's work
 RETRIES = 2  # of a shard whose worker died; then it is named at the end
 LOG_SECONDS = 60  # between lines where there is no terminal
@@ -81,7 +82,7 @@ def pool(workers: int | None, device: str) -> tuple[int, dict[str, Any], int]:
     return workers, {"num_cpus": threads}, threads
 
 
-def run(
+def predictions(
     shards: list[Shard], scorer: tuple[Any, ...], workers: int, resources: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """The summary of each shard that was worked on, as they come; UserError where the run has to stop."""
@@ -102,11 +103,11 @@ def run(
         yield row
 
 
-def main(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Exit code, as of the local command; UserError where nothing can be done."""
     start = time.perf_counter()
     manifest = load_manifest(options.weights.resolve())
-    ensemble = sha256(manifest.folder / FILE)[:12]
+    ensemble = ensemble_id(manifest)
     output = options.output if "://" in options.output else str(Path(options.output).absolute())
     shards, failed = plan(options.paths, options.shard or SHARD, options.image)
     for location in options.paths:
@@ -127,7 +128,7 @@ def main(options: argparse.Namespace) -> int:
                 workers, resources, threads = pool(options.workers, options.device)
                 scorer = (manifest, ensemble, output, options.device, options.precision, threads)
                 progress.show(0, 0, 0)
-                for number, row in enumerate(run(todo, scorer, workers, resources), 1):
+                for number, row in enumerate(predictions(todo, scorer, workers, resources), 1):
                     crops, atypical = crops + row["crops"], atypical + row["atypical"]
                     progress.show(number, number, crops)
                     if not stream.isatty() and time.perf_counter() - said > LOG_SECONDS:
@@ -136,12 +137,10 @@ def main(options: argparse.Namespace) -> int:
                         print(f"{number:,} of {len(todo):,} shards, {crops:,} crops, {rate:,.1f} crops/s", flush=True)
             except KeyboardInterrupt:
                 progress.clear()
-                print(f"stopped after {crops:,} new crops; the same command goes on from there", file=stream)
-                return 130
+                print(f"stopped after {crops:,} new crops; the same command resumes it", file=stream)
+                return INTERRUPTED
             except ray.exceptions.RayError as error:
-                raise UserError(
-                    f"the cluster failed ({one_line(error)}); the same command goes on from there"
-                ) from None
+                raise UserError(f"the cluster failed ({one_line(error)}); the same command resumes it") from None
             finally:
                 progress.clear()
                 ray.shutdown()
@@ -188,4 +187,4 @@ def report(results: Results, todo: Sequence[Shard], names: Sequence[str]) -> int
         return 0
     shards = f", {lost:,} of {len(names):,} shards have no answers" if lost else ""
     print(f"{total:,} not scored, each in {results.folder}/_errors{shards}", file=sys.stderr)
-    return UNFINISHED
+    return INCOMPLETE

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from ..answers import pages_of
 from ..errors import UserError
 from ..imageio.listing import SUFFIXES
 from ..imageio.stack import MAX_BYTES, Blob, read_stack
@@ -53,12 +54,7 @@ class Record:
         elif isinstance(source, Path):
             with ours(), source.open("rb") as stream:
                 stream.read(1)
-        crops = read_stack(source)
-        if self.page is None:
-            return list(enumerate(crops))
-        if self.page >= len(crops):
-            raise UserError(f"it has {len(crops)} pages; expected a page {self.page}; mend the table")
-        return [(self.page, crops[self.page])]
+        return pages_of(read_stack(source), self.page)
 
 
 Chunk = tuple[list[Record], pa.Table]  # metadata: a row for each record

@@ -19,8 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from ..contract import CLASSES
+from ..answers import fold_columns, member_columns
 from ..errors import UserError
+from ..labels import class_of
 from ..manifest import Manifest
 from .shards import one_line, resolve
 
@@ -120,13 +121,16 @@ def answers(
     A column of the input that has a name of ours gets `input_` before it.
     """
     p = prediction.p_atypical if prediction else np.empty(0)
-    fold_p = prediction.fold_p if prediction else np.empty((len(manifest.folds), 0))
+    folds, members = fold_columns(manifest), member_columns(manifest)
+    fold_p = prediction.fold_p if prediction else np.empty((len(folds), 0))
+    member_p = prediction.member_p if prediction else np.empty((len(members), 0))
     columns: dict[str, Any] = {
         "path": pa.array([path for path, _ in pages], pa.string()),
         "page": pa.array([page for _, page in pages], pa.int32()),
         "p_atypical": pa.array(p, pa.float64()),
-        "class": pa.array([CLASSES[int(one >= manifest.threshold)] for one in p], pa.string()),
-        **{f"fold_{n}": pa.array(one, pa.float64()) for n, one in enumerate(fold_p)},
+        "class": pa.array([class_of(one, manifest.threshold) for one in p], pa.string()),
+        **{name: pa.array(one, pa.float64()) for name, one in zip(folds, fold_p, strict=True)},
+        **{name: pa.array(one, pa.float64()) for name, one in zip(members, member_p, strict=False)},
         "spread": pa.array(prediction.spread if prediction else p, pa.float64()),
         "ensemble": pa.array([ensemble] * len(p), pa.string()),
     }

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from ..checksums import check_ensemble
 from ..errors import UserError
-from ..manifest import Manifest, check_hashes
+from ..manifest import Manifest
 from .records import Chunk, read_shard, texts
 from .results import Error, Results, answers
 from .shards import UNREADABLE, Shard, one_line
@@ -55,7 +56,7 @@ class Scorer:
 
         torch.set_num_threads(self.threads)
         try:
-            check_hashes([*self.manifest.files.items(), (self.manifest.base, self.manifest.base_sha256)])
+            check_ensemble(self.manifest)
             self.ensemble = Ensemble(self.manifest, self.device, self.precision)
         except OSError as error:
             raise UserError(
@@ -76,7 +77,7 @@ class Scorer:
         except (UserError, Unusable) as error:
             stop = str(error)
         except OSError as error:
-            stop = f"{self.output} cannot be written ({one_line(error)}); the same command goes on when it can"
+            stop = f"{self.output} cannot be written ({one_line(error)}); the same command resumes when it can"
         except Exception as error:  # not foreseen, such as a lost GPU: another process may do better
             traceback.print_exc()
             with contextlib.suppress(Exception):

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
+from ..labels import parse_label
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".mha")
 PATH_COLUMNS = ("path", "file", "filename", "image", "image_path")
 FOLDER = "@folder"  # in place of a column: the name of the folder that a crop lies in
-LABELS = {"atypical": 1, "amf": 1, "1": 1, "true": 1, "normal": 0, "nmf": 0, "0": 0, "false": 0, "": None}
 
 
 @dataclass(frozen=True)
@@ -80,25 +80,21 @@ def read_table(table: Path, labels: str | None, domains: str | None) -> list[Ite
         if None in row or None in row.values():
             raise UserError(f"{table}, row {number} has not {len(columns)} fields; expected as many as its header")
         path, page = str(table.parent / row[of_path]), row.get("page", "").strip()
-        if page and not page.isdigit():
-            raise UserError(f"{table}, row {number}: page is {page!r}; expected a number from 0 on or nothing; mend it")
+        if page and not (page.isascii() and page.isdigit()):
+            raise UserError(
+                f"{table}, row {number}: page is {page!r}; expected a number from 0 on or nothing; correct it"
+            )
         label = folder_label(path, labels)
         if of_label and of_label != FOLDER:
-            label = parse_label(row[of_label], f"{table}, row {number}", required=labels is not None)
+            label = label_or_none(row[of_label], f"{table}, row {number}, column {of_label}")
         domain = folder_name(path, domains) or (row[of_domain] if of_domain and of_domain != FOLDER else "")
         items.append(Item(path, int(page) if page else None, label, domain))
     return items
 
 
-def parse_label(text: str, where: str, required: bool) -> int | None:
-    """atypical, AMF, 1, true are 1; normal, NMF, 0, false are 0, in any case; nothing is None.
-
-    Anything else is an error, or None where the column was not asked for but only has a likely name.
-    """
-    word = text.strip().lower()
-    if word not in LABELS and required:
-        raise UserError(f"{where}: label is {text!r:.80}; expected atypical or normal, AMF or NMF, 1 or 0, or nothing")
-    return LABELS.get(word)
+def label_or_none(text: str, where: str) -> int | None:
+    """A table's label, which may be missing. UserError for a word that is not known: a label is never lost silently."""
+    return parse_label(text, where) if text.strip() else None
 
 
 def folder_name(file: str, wanted: str | None) -> str:
@@ -106,4 +102,4 @@ def folder_name(file: str, wanted: str | None) -> str:
 
 
 def folder_label(file: str, labels: str | None) -> int | None:
-    return parse_label(folder_name(file, labels), f"folder of {file}", required=True) if labels == FOLDER else None
+    return parse_label(folder_name(file, labels), f"folder of {file}") if labels == FOLDER else None

@@ -8,8 +8,7 @@ precision, and its numbers mean something: by how many logits the answer falls w
 from __future__ import annotations
 
 import base64
-import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,15 +62,14 @@ def attribute(ensemble: Ensemble, crop: np.ndarray) -> Attribution:
 
     A place is hidden by the crop's own median colour: tissue of the same stain, and no edge that a network could see.
     """
-    side = min(*crop.shape[:2], ensemble.preprocess.crop or max(crop.shape))
+    seen = [member.preprocess["crop"] or max(crop.shape) for member in ensemble.manifest.members]
+    side = min(*crop.shape[:2], max(seen))
     top, left = (crop.shape[0] - side) // 2, (crop.shape[1] - side) // 2
     square = crop[top : top + side, left : left + side].astype(np.float32)
     fill = np.median(square, axis=(0, 1))
     hidden = masks(side)[..., None]  # (GRID^2, side, side, 1)
     variants = np.round(square + hidden * (fill - square)).astype(np.uint8)
-    one_view = copy.copy(ensemble)  # shares the weights
-    one_view.manifest = replace(ensemble.manifest, tta="none")
-    scores = logit(one_view.predict([square.astype(np.uint8), *variants]).p_atypical)
+    scores = logit(ensemble.predict([square.astype(np.uint8), *variants], tta="none").p_atypical)
     fall = scores[0] - scores[1:]  # (GRID^2,)
     weight = masks(SIDE) ** 3  # each position's fall is drawn where it hides most: sharper, and as even
     values = np.tensordot(fall, weight, 1) / weight.sum(0)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,32 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..answers import Answer
 from ..errors import UserError
+from ..files import write_whole
 
 if TYPE_CHECKING:
-    from ..manifest import Manifest
+    from ..manifest import Manifest, Member
     from .attribution import Attribution
 
 HERE = Path(__file__).parent
 SIDE = 128  # pixels of a picture's longer side: a crop of the challenge as it is
 QUALITY = 70  # WebP: 2 kB a crop, and no difference that a person would see
-
-
-@dataclass(frozen=True)
-class Row:
-    """One crop's answer: p_atypical and fold_p (F) in [0, 1]; label 1 (atypical), 0 (normal) or None (not known)."""
-
-    path: str
-    page: int
-    p_atypical: float
-    fold_p: tuple[float, ...]
-    label: int | None = None
-    domain: str = ""
-
-    @property
-    def spread(self) -> float:
-        """Largest minus smallest fold; 0 where the folds are not known."""
-        return max(self.fold_p, default=0.0) - min(self.fold_p, default=0.0)
 
 
 @dataclass(frozen=True)
@@ -67,7 +51,7 @@ def picture(crop: np.ndarray) -> Picture:
 
 
 def write_report(
-    rows: Sequence[Row], crops: Iterable[np.ndarray | Picture], manifest: Manifest | None, file: Path, *,
+    rows: Sequence[Answer], crops: Iterable[np.ndarray | Picture], manifest: Manifest | None, file: Path, *,
     title: str = "", threshold: float | None = None, settings: dict[str, str] | None = None,
     attributions: Sequence[Attribution | None] | None = None,
 ) -> Path:  # fmt: skip
@@ -89,7 +73,7 @@ def write_report(
     domains = sorted({row.domain for row in rows if row.domain})
     figures: dict[str, Any] = {
         "threshold": threshold,
-        "kept": manifest.preprocess["crop"] if manifest else None,
+        "kept": widest_crop(manifest) if manifest else None,
         "domains": domains,
         "path": [row.path for row in rows],
         "page": [row.page for row in rows],
@@ -107,7 +91,9 @@ def write_report(
         "STYLE": read("page.css") + read("report.css"),
         "CARD": card(manifest, threshold, settings or {}),
         "NAME": escape(manifest.name if manifest else "not known"),
-        "SUMMARY": escape(f"{manifest.backbone}, {len(manifest.folds)} folds" if manifest else ""),
+        "SUMMARY": escape(
+            "; ".join(f"{m.backbone}, {len(m.folds)} folds" for m in manifest.members) if manifest else ""
+        ),
         "FIGURES": as_script(figures),
         "IMAGES": as_script(images),
         "SCRIPT": read("charts.js") + read("report.js"),
@@ -115,7 +101,10 @@ def write_report(
     page = "".join(  # split first: what is put in is never searched for placeholders
         parts[piece] if number % 2 else piece for number, piece in enumerate(read("report.html").split("@@"))
     )
-    write_whole(file, page)
+    try:
+        write_whole(file, page)
+    except OSError as error:
+        raise UserError(f"cannot write {file} ({error.strerror}); expected a writable folder; name another") from None
     return file
 
 
@@ -135,37 +124,42 @@ def as_script(content: Any) -> str:
     return json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
-def write_whole(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        try:
-            # a path that is not UTF-8 reaches Python as lone surrogates, which cannot be written
-            partial.write_text(text, encoding="utf-8", errors="replace")
-            os.replace(partial, file)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {file} ({error.strerror}); expected a writable folder; name another") from None
-
-
 def card(manifest: Manifest | None, threshold: float, settings: dict[str, str]) -> str:
     """The ensemble's card as a list of terms: what answered, how it was set, how well it did out of fold."""
     lines: list[tuple[str, str]] = []
     if manifest:
-        lines = [
-            ("Ensemble", manifest.name),
-            ("Backbone", f"{manifest.backbone}, {manifest.pool} pooling"),
-            ("Folds", str(len(manifest.folds))),
-            ("Input", describe_input(manifest.preprocess)),
-            ("Views", {"none": "1", "rot4": "4 (rotations)", "d4": "8 (rotations and mirror images)"}[manifest.tta]),
-            ("Averaging", f"mean {manifest.averaging}, temperature {manifest.temperature:g}"),
-        ]
+        lines = [("Ensemble", manifest.name)]
+        for member in manifest.members:
+            lines += describe_member(member, len(manifest.members) > 1)
+        lines.append(("Averaging", f"mean {manifest.averaging}, temperature {manifest.temperature:g}"))
     lines.append(("Threshold", f"{threshold:g}: atypical from there on"))
     lines += describe_out_of_fold(manifest.provenance.get("out_of_fold")) if manifest else []
     lines += [(name.capitalize(), value) for name, value in settings.items()]
     if manifest:
-        lines += [(f"Licence: {key.replace('_', ' ')}", str(value)) for key, value in manifest.licence.items()]
+        licences = {item for member in manifest.members for item in member.licence.items()}
+        lines += [(f"Licence: {key.replace('_', ' ')}", str(value)) for key, value in sorted(licences)]
     return "\n".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in lines)
+
+
+def summary(manifest: Manifest) -> str:
+    return "; ".join(f"{member.backbone}, {len(member.folds)} folds" for member in manifest.members)
+
+
+def widest_crop(manifest: Manifest) -> int | None:
+    """Side in pixels of the largest central square that a member sees; None where one sees all of a crop."""
+    crops = [member.preprocess["crop"] for member in manifest.members]
+    return max(crops) if all(crops) else None
+
+
+def describe_member(member: Member, several: bool) -> list[tuple[str, str]]:
+    views = {"none": "1", "rot4": "4 (rotations)", "d4": "8 (rotations and mirror images)"}[member.tta]
+    return [
+        *([("Member", f"{member.name}, weight {member.weight:g}")] if several else []),
+        ("Backbone", f"{member.backbone}, {member.pool} pooling"),
+        ("Folds", str(len(member.folds))),
+        ("Input", describe_input(member.preprocess)),
+        ("Views", views),
+    ]
 
 
 def describe_input(preprocess: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """The CSV file that a scoring run writes as it goes, and that a rerun continues.
 
-Columns: path, page, p_atypical, class, fold_0 ..., spread, ensemble. Probabilities have full precision. The last column
+The columns are those of inference/answers.py. Probabilities have full precision. The last column
 is the start of the manifest's SHA-256: rows of two ensembles never end up in one file unnoticed.
 """
 
@@ -13,28 +13,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from ..contract import CLASSES
+from ..answers import Answer, columns, fold_columns, member_columns
+from ..checksums import ensemble_id
 from ..errors import UserError
-from ..manifest import FILE, Manifest, sha256
-from ..report.page import Row
+from ..labels import class_of
+from ..manifest import Manifest
 
 
 class Table:
     """`done` holds the rows found in the file, by path and page; `append` adds some and hands them to the disk."""
 
     def __init__(self, file: Path | None, manifest: Manifest, to_stdout: bool = False) -> None:
-        """file: made where it does not exist, checked and mended where it does; None writes nowhere, or to stdout."""
+        """file: made where it does not exist, checked and resumed where it does; None writes nowhere, or to stdout."""
         self.threshold = manifest.threshold
-        self.ensemble = sha256(manifest.folder / FILE)[:12]
-        folds = [f"fold_{number}" for number in range(len(manifest.folds))]
-        self.columns = ["path", "page", "p_atypical", "class", *folds, "spread", "ensemble"]
-        self.done: dict[str, dict[int, Row]] = {}
+        self.ensemble = ensemble_id(manifest)
+        self.columns = columns(manifest)
+        self.folds = slice(4, 4 + len(fold_columns(manifest)))
+        self.members = slice(self.folds.stop, self.folds.stop + len(member_columns(manifest)))
+        self.done: dict[str, dict[int, Answer]] = {}
         self.last = ""  # the last row's path: its file may have more pages than were written
         self.stream: IO[str] | None = sys.stdout if to_stdout else None
         fresh = True
         if file is not None:
             try:
-                fresh = not file.exists() or not self._mend(file)
+                fresh = not file.exists() or not self._cut(file)
                 if not fresh:
                     self._read(file)
                 self.stream = file.open("a", newline="", encoding="utf-8", errors="surrogateescape")
@@ -43,7 +45,7 @@ class Table:
         if fresh:
             self._write([self.columns])
 
-    def _mend(self, file: Path) -> bool:
+    def _cut(self, file: Path) -> bool:
         """Cut off a last line without an end, which a stopped run leaves; returns whether a header is left.
 
         Only in a file with this ensemble's own columns: whatever else `file` may be is refused as it is.
@@ -75,17 +77,19 @@ class Table:
                     raise UserError(f"{file}, row {number} ends in {line[-1:]}; expected ensemble {self.ensemble}; "
                                     "name another CSV file, or choose its ensemble with --weights")  # fmt: skip
                 try:
-                    row = Row(line[0], int(line[1]), float(line[2]), tuple(map(float, line[4:-2])))
+                    folds, members = (tuple(map(float, line[part])) for part in (self.folds, self.members))
+                    row = Answer(line[0], int(line[1]), float(line[2]), folds, members)
                 except ValueError as error:
                     raise UserError(f"{file}, row {number} is damaged ({error}); remove that row") from None
                 self.done.setdefault(row.path, {})[row.page] = row
                 self.last = row.path
 
-    def append(self, rows: Sequence[Row]) -> None:
+    def append(self, rows: Sequence[Answer]) -> None:
         lines = []
         for row in rows:
-            cells: list[Any] = [row.path, row.page, repr(row.p_atypical), CLASSES[row.p_atypical >= self.threshold]]
-            lines.append([*cells, *map(repr, row.fold_p), repr(row.spread), self.ensemble])
+            cells: list[Any] = [row.path, row.page, repr(row.p_atypical), class_of(row.p_atypical, self.threshold)]
+            members = row.member_p if self.members.stop > self.members.start else ()
+            lines.append([*cells, *map(repr, (*row.fold_p, *members, row.spread)), self.ensemble])
         self._write(lines)
 
     def _write(self, lines: list[list[Any]]) -> None:

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from ..exits import INCOMPLETE, INTERRUPTED
+from ..files import write_whole
 from ..progress import Progress
-from ..scoring.command import UNREADABLE
 from .detections import REQUIRED, Detection, read_detections
 from .pyramid import PLAUSIBLE, Level, choose_level, open_slide, read_crop
 
@@ -37,31 +38,24 @@ TABLE, SETTINGS = "crops.csv", "crops.json"
 CHUNK = 256  # detections that are handed to the threads at once: a run that is stopped stops soon
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m inference crops", description="Cut crops from whole slides.")
+def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("table", type=Path, metavar="DETECTIONS.csv", help="columns slide, x, y (level-0 pixels, centre) and any more")
-    add("--output", type=Path, required=True, metavar="DIR", help=f"gets the crops and {TABLE}; a rerun goes on there")
+    add("--output", type=Path, required=True, metavar="DIR", help=f"gets the crops and {TABLE}; which a rerun resumes")
     add("--slides", type=Path, metavar="FOLDER", help="what paths of slides are relative to (default: the table's)")
     add("--side", type=int, default=128, help="of a crop, in pixels (default 128)")
     add("--mpp", type=float, default=0.25, help="µm/px of a crop (default 0.25)")
     add("--slide-mpp", type=float, metavar="MPP", help="µm/px of level 0 of slides that do not state it")
-    options = parser.parse_args(arguments)
+
+
+def check(options: argparse.Namespace) -> None:
+    """UserError for values that make no sense."""
     if not 8 <= options.side <= 2048:
         raise UserError(f"--side is {options.side}; expected 8 to 2048 pixels")
     for name in ("mpp", "slide_mpp"):
         value = getattr(options, name)
         if value is not None and not PLAUSIBLE[0] <= value <= PLAUSIBLE[1]:
             raise UserError(f"--{name.replace('_', '-')} is {value:g}; expected {PLAUSIBLE[0]} to {PLAUSIBLE[1]} µm/px")
-    return options
-
-
-def write_whole(file: Path, data: bytes) -> None:
-    """Under a hidden name first: a run that was killed leaves no half of a crop, and the next one reuses that name."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    hidden = file.with_name(f".{file.name}.partial")
-    hidden.write_bytes(data)
-    os.replace(hidden, file)
 
 
 @contextmanager
@@ -126,7 +120,9 @@ class Run:
             read_crop(slide, level, detection.x, detection.y, self.options.side).save(data, "PNG")
         except (UserError, OpenSlideError) as error:
             return error
-        write_whole(self.options.output / detection.path, data.getvalue())
+        file = self.options.output / detection.path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, data.getvalue())
         return None
 
     def cut(self, file: Path, detections: Sequence[Detection]) -> None:
@@ -165,9 +161,9 @@ class Run:
         return file
 
 
-def main(arguments: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """Exit code; UserError where nothing can be done."""
-    options = parse(arguments)
+    check(options)
     try:
         import openslide  # noqa: F401
     except (ImportError, OSError) as error:
@@ -187,36 +183,38 @@ def main(arguments: Sequence[str]) -> int:
         "slides": str(folder.resolve()),
     }
     with claimed(options.output, settings), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        run = Run(options, Progress(len(detections), "detections"), pool)
+        cutting = Run(options, Progress(len(detections), "detections"), pool)
         for problem in problems:
-            run.complain(problem)
+            cutting.complain(problem)
         try:
             for name, some in slides.items():
                 try:
-                    run.cut(folder / name, some)
+                    cutting.cut(folder / name, some)
                 except UserError as error:
-                    rest = set(some) - run.done - run.failed
-                    run.complain(f"{name} ({len(rest):,} detection{'s' * (len(rest) > 1)}): {error}", rest)
-            run.progress.clear()
-            if not run.done:
+                    rest = set(some) - cutting.done - cutting.failed
+                    cutting.complain(f"{name} ({len(rest):,} detection{'s' * (len(rest) > 1)}): {error}", rest)
+            cutting.progress.clear()
+            if not cutting.done:
                 raise UserError(
                     f"none of the {len(rows) + len(problems):,} detections could be cut; each is named above"
                 )
-            table = run.write_table(detections, others)
+            table = cutting.write_table(detections, others)
         except OSError as error:
             raise UserError(f"cannot write {error.filename} ({error.strerror}); expected a writable folder with space "
                             "left; run the same command again") from None  # fmt: skip
         except KeyboardInterrupt:
-            print(f"\nstopped after {run.new:,} new crops; the same command goes on from there", file=sys.stderr)
-            return 130
-    known = f", {len(run.done) - run.new:,} of them there already" if len(run.done) > run.new else ""
+            print(f"\nstopped after {cutting.new:,} new crops; the same command resumes it", file=sys.stderr)
+            return INTERRUPTED
+    known = f", {len(cutting.done) - cutting.new:,} of them there already" if len(cutting.done) > cutting.new else ""
     twice = f", {len(rows) - len(detections):,} detections listed twice" if len(rows) > len(detections) else ""
-    print(f"{table}: {len(run.done):,} crops{known}{twice}, {time.perf_counter() - start:.1f} s")
-    if run.coarse:
-        print(f"note: slides with less detail than {options.mpp:g} µm/px: {len(run.coarse):,}, such as {run.coarse[0]};"
-              " their crops are enlarged, and blurred")  # fmt: skip
-    if run.failed or problems:
-        count = len(run.failed) + len(problems)
+    print(f"{table}: {len(cutting.done):,} crops{known}{twice}, {time.perf_counter() - start:.1f} s")
+    if cutting.coarse:
+        print(
+            f"note: slides with less detail than {options.mpp:g} µm/px: {len(cutting.coarse):,}, such as "
+            f"{cutting.coarse[0]}; their crops are enlarged, and blurred"
+        )
+    if cutting.failed or problems:
+        count = len(cutting.failed) + len(problems)
         print(f"{count:,} of {len(rows) + len(problems):,} detections could not be cut", file=sys.stderr)
-        return UNREADABLE
+        return INCOMPLETE
     return 0

@@ -28,9 +28,10 @@ def write_page(results: list[Result], truth: Path | None, ensemble: Path | None,
         return f"no report: {missing[0]} is not installed; run ./build.sh --engine native"
     if not answered:
         return "no report: no stack was answered"
+    from inference.answers import Answer
     from inference.imageio.stack import read_stack
     from inference.manifest import holds_ensemble, load_manifest
-    from inference.report.page import Row, write_report
+    from inference.report.page import write_report
     from test.harness.scoring import read_truth
 
     known = read_truth(truth) if truth else {}
@@ -41,7 +42,8 @@ def write_page(results: list[Result], truth: Path | None, ensemble: Path | None,
         for page, answer in enumerate(result.answers or []):
             label = None if labels[page] is None else int(labels[page] == "atypical")
             folds = tuple(pages[page].get("fold_p", ()))
-            rows.append(Row(result.stack.name, page, answer["confidence"], folds, label, str(domains[page])))
+            p, domain = answer["confidence"], str(domains[page])
+            rows.append(Answer(result.stack.name, page, p, folds, label=label, domain=domain))
 
     def crops() -> Iterator[np.ndarray]:
         for result in answered:

@@ -21,8 +21,8 @@ import pytest
 from pyarrow import fs
 
 from inference.errors import UserError
-from inference.scoring import command as score
 from test.harness import s3, sagemaker
+from test.support import commands
 from test.support.miniature import make_ensemble
 from test.support.ray_cluster import cluster
 from test.support.shard_files import CROPS, arguments, run, write_folder, write_parquet, write_tar
@@ -86,8 +86,8 @@ def answered(address, miniature, blobs, tmp_path_factory) -> tuple[Path, Path]:
 
 def test_every_format_gets_the_answers_of_the_local_command(answered, miniature, tmp_path) -> None:
     data, output = answered
-    assert score.main([str(data / "folder"), "--csv", str(tmp_path / "local.csv"), "--weights", str(miniature),
-                       "--device", "cpu", "--precision", "fp32"]) == 0  # fmt: skip
+    where = ["--weights", miniature, "--device", "cpu", "--precision", "fp32"]
+    assert commands.inference("score", data / "folder", "--csv", tmp_path / "local.csv", *where) == 0
     with (tmp_path / "local.csv").open() as stream:
         wanted = list(csv.DictReader(stream))
     found = read(output)
@@ -170,7 +170,7 @@ class Scorer(cluster.Scorer):  # workers get it by value, with this program's te
         return super().score(shard)
 
 cluster.Scorer = Scorer
-sys.exit(score.main(sys.argv[1:]))
+sys.exit(commands.inference("score", *sys.argv[1:]))
 """
 
 

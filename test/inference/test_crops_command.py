@@ -16,9 +16,9 @@ from PIL import Image
 
 from inference.ensemble import Ensemble
 from inference.errors import UserError
-from inference.scoring import command as score
 from inference.slides import command as slides
 from inference.slides.detections import Detection
+from test.support import commands
 from test.support.miniature import make_ensemble
 from test.support.pyramids import FIGURES, crop, detections, halves, pngs, rows_of, run, write_slide
 from test.support.tables import write_csv
@@ -43,7 +43,12 @@ def test_scores_are_those_of_the_same_pixels(slide, drawn, tmp_path) -> None:
     assert run(tmp_path, rows, header="slide,x,y,label") == 0
     where = ["--weights", str(tmp_path / "weights"), "--device", "cpu", "--precision", "fp32"]
     out, report = tmp_path / "out.csv", tmp_path / "report.html"
-    assert score.main([str(tmp_path / "crops/crops.csv"), "--csv", str(out), "--report", str(report), *where]) == 0
+    assert (
+        commands.inference(
+            *["score", str(tmp_path / "crops/crops.csv"), "--csv", str(out), "--report", str(report), *where]
+        )
+        == 0
+    )
     with out.open(newline="") as stream:
         scored = [float(row["p_atypical"]) for row in csv.DictReader(stream)]
     crops = [drawn[y - 64 : y + 64, x - 64 : x + 64] for x, y in FIGURES]

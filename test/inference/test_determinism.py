@@ -71,13 +71,14 @@ def test_order_and_neighbours(ensemble: Ensemble) -> None:
 def test_any_batch_size(ensemble: Ensemble) -> None:
     pages = crops(16)
     expected = ensemble.predict(pages).p_atypical
-    chosen = ensemble._batch
+    [member] = ensemble.members
+    chosen = member._batch
     try:
         for size in (1, 2, 3, 7, 16, 64):
-            ensemble._batch = size
+            member._batch = size
             assert np.abs(ensemble.predict(pages).p_atypical - expected).max() <= ALLOWED
     finally:
-        ensemble._batch = chosen
+        member._batch = chosen
 
 
 def test_number_of_threads(ensemble: Ensemble) -> None:

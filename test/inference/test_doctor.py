@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from inference import doctor
+from test.support import commands
 from test.support.miniature import make_ensemble
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,9 +27,9 @@ def lines(check: object) -> list[str]:
 
 
 def test_a_good_ensemble_passes(ensemble: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor.main(["--weights", str(ensemble)]) == 0
+    assert commands.inference(*["doctor", "--weights", str(ensemble)]) == 0
     said = capsys.readouterr().out
-    assert "PASS  ensemble miniature: efficientnet-lite0, 3 folds" in said
+    assert "PASS  ensemble miniature: 3 folds on efficientnet-lite0" in said
     assert "PASS  base weights" in said
     assert "a job would compute on " in said
     assert said.splitlines()[-1].endswith("0 FAIL")
@@ -38,7 +39,7 @@ def test_altered_and_missing_weights_fail(ensemble: Path, tmp_path: Path, capsys
     folder = tmp_path / "copy"
     subprocess.run(["cp", "-r", ensemble, folder], check=True)
     (folder / "fold1/adapter_model.safetensors").write_bytes(b"x")
-    assert doctor.main(["--weights", str(folder)]) == 1
+    assert commands.inference(*["doctor", "--weights", str(folder)]) == 1
     said = capsys.readouterr().out
     assert "FAIL" in said
     assert "fold1/adapter_model.safetensors has SHA-256" in said

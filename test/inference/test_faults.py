@@ -81,12 +81,12 @@ def failed(done: subprocess.CompletedProcess, folder: Path, *words: str) -> None
 
 
 PHASES = {
-    "reading the manifest": "inference.__main__.load_manifest",
-    "hashing": "inference.manifest.sha256",
-    "finding the stack": "inference.__main__.find_stack",
+    "reading the manifest": "inference.job.load_manifest",
+    "hashing": "inference.checksums.sha256",
+    "finding the stack": "inference.job.find_stack",
     "reading the stack": "inference.imageio.stack.read_stack",
     "predicting": "ensemble.predict",
-    "before writing": "inference.__main__.write_answers",
+    "before writing": "inference.job.write_answers",
     "while writing": "os.fsync",
     "before the answers get their name": "os.link",
 }

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from inference.checksums import check_ensemble, start_checks
 from inference.errors import UserError
-from inference.manifest import PICKLES, check_hashes, holds_ensemble, load_manifest, start_hash_check
+from inference.manifest import PICKLES, Manifest, holds_ensemble, load_manifest
 from test.support.stub import stub_manifest
 
 
@@ -19,16 +20,22 @@ def rewrite(folder: Path, content: Any) -> None:
     (folder / "ensemble.json").write_text(json.dumps(content))
 
 
+def wait(manifest: Manifest) -> None:
+    for check in start_checks(manifest):
+        check.result()
+
+
 def test_loads_with_paths_and_hashes(tmp_path: Path) -> None:
     assert not holds_ensemble(tmp_path)
     stub_manifest(tmp_path, folds=3)
     assert holds_ensemble(tmp_path)
     manifest = load_manifest(tmp_path)
-    assert [fold.name for fold in manifest.folds] == ["fold0", "fold1", "fold2"]
-    assert manifest.base == tmp_path / "base.safetensors"
+    [member] = manifest.members
+    assert [fold.name for fold in member.folds] == ["fold0", "fold1", "fold2"]
+    assert member.base == tmp_path / "base.safetensors"
     assert len(manifest.files) == 6
-    check_hashes([*manifest.files.items(), (manifest.base, manifest.base_sha256)])
-    start_hash_check(manifest).result()
+    check_ensemble(manifest)
+    wait(manifest)
 
 
 def paths(content: Any, at: tuple = ()) -> list[tuple]:
@@ -144,16 +151,16 @@ def test_a_pickle_in_the_folder_is_refused(suffix: str, place: str, tmp_path: Pa
 def test_altered_and_missing_files_are_found(tmp_path: Path) -> None:
     stub_manifest(tmp_path)
     manifest = load_manifest(tmp_path)
-    for file in (*manifest.files, manifest.base):
+    for file in (*manifest.files, *manifest.bases):
         content = file.read_bytes()
         for other in (content + b"x", content[:-1], bytes(len(content)), b""):
             file.write_bytes(other)
             with pytest.raises(UserError, match=f"{file.name} has SHA-256"):
-                start_hash_check(manifest).result()
+                wait(manifest)
         file.unlink()
         with pytest.raises(UserError, match="cannot be read"):
-            start_hash_check(manifest).result()
+            wait(manifest)
         file.write_bytes(content)
-    manifest.base.unlink()
+    manifest.members[0].base.unlink()
     with pytest.raises(UserError, match=r"base weights base\.safetensors not found"):
         load_manifest(tmp_path)

@@ -72,8 +72,8 @@ def test_any_other_backbone_runs_through_timm(tmp_path, monkeypatch):
     crops = [np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)] * 2
     ensemble = Ensemble.load(tmp_path, "cpu", "fp32")
     with torch.inference_mode():
-        expected = torch.stack([model(to_batch(crops, ensemble.preprocess))[:, 0] for model in models])
-    assert np.allclose(ensemble.predict(crops).logits[:, 0], expected, atol=1e-5)
+        expected = torch.stack([model(to_batch(crops, ensemble.members[0].preprocess))[:, 0] for model in models])
+    assert np.allclose(ensemble.predict(crops).logits[0][:, 0], expected, atol=1e-5)
 
 
 def test_miniatures_are_small():

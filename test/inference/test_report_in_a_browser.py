@@ -12,18 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from inference.answers import Answer
 from inference.errors import UserError
+from inference.metrics import scores
 from inference.report import page as report
 from inference.report.attribution import Attribution
-from inference.report.page import Row, picture, write_report
-from inference.scoring.command import figures
+from inference.report.page import picture, write_report
 from test.support.browser import Browser, browser, find
 
 THRESHOLD = 0.4237
 NASTY = '</script><script>document.title="broken"</script>&amp;<b>\u2028"\'.png'
 
 
-def make_rows(count: int, seed: int = 0) -> list[Row]:
+def make_rows(count: int, seed: int = 0) -> list[Answer]:
     rng = np.random.default_rng(seed)
     rows = []
     for n in range(count):
@@ -32,7 +33,7 @@ def make_rows(count: int, seed: int = 0) -> list[Row]:
         folds = 1 / (1 + np.exp(-logits))
         p = round(float(1 / (1 + np.exp(-logits.mean()))), 2 if n % 2 else 6)  # with ties between the classes
         name = NASTY if n == 7 else f"slide {n % 3}/crop{n}.png"
-        rows.append(Row(name, 0, p, tuple(folds.tolist()), label, ("breast", "lung", "")[n % 3]))
+        rows.append(Answer(name, 0, p, tuple(folds.tolist()), label=label, domain=("breast", "lung", "")[n % 3]))
     return rows
 
 
@@ -97,16 +98,16 @@ def test_the_figures_follow_the_threshold(opened: Browser) -> None:
     labels = np.array([row.label for row in ROWS if row.label is not None])
     for threshold in (THRESHOLD, 0.0, 0.2, 0.75, 1.0):
         choose(opened, "threshold-number", threshold)
-        found, expected = shown(opened), figures(p[labelled], labels, threshold)
+        found, expected = shown(opened), scores(labels, p[labelled], threshold)
         assert found["Crops"] == "90" and found["Called atypical"] == str(int((p >= threshold).sum()))
         disagree = sum(
             any(f >= threshold for f in row.fold_p) and any(f < threshold for f in row.fold_p) for row in ROWS
         )
         assert found["Folds disagree"] == str(disagree)
-        for name in ("balanced accuracy", "sensitivity", "specificity"):
-            assert float(found[name.capitalize()]) == pytest.approx(expected[name], abs=5e-4)
+        for name in ("balanced_accuracy", "sensitivity", "specificity"):
+            assert float(found[name.replace("_", " ").capitalize()]) == pytest.approx(expected[name], abs=5e-4)
     auc = opened.run("return document.querySelector('#roc .strong').textContent")
-    assert float(auc.split()[1]) == pytest.approx(expected["AUC"], abs=5e-4)
+    assert float(auc.split()[1]) == pytest.approx(expected["auc"], abs=5e-4)
     called = opened.run("return document.querySelectorAll('.card.atypical-card').length")
     assert called == int((p >= 1).sum())
     opened.run("document.getElementById('reset').click()")
@@ -114,7 +115,7 @@ def test_the_figures_follow_the_threshold(opened: Browser) -> None:
 
 
 def test_every_order(opened: Browser) -> None:
-    def wrongness(row: Row) -> float:
+    def wrongness(row: Answer) -> float:
         if row.label is None:
             return -np.inf
         p = row.p_atypical
@@ -269,7 +270,7 @@ def test_ten_thousand_crops_stay_usable(window: Browser, tmp_path: Path) -> None
 
 
 def test_one_crop_without_folds_labels_or_manifest(window: Browser, tmp_path: Path) -> None:
-    file = write_report([Row("x.png", 0, 0.5, ())], make_crops(1), None, tmp_path / "one.html", threshold=0.5)
+    file = write_report([Answer("x.png", 0, 0.5, ())], make_crops(1), None, tmp_path / "one.html", threshold=0.5)
     window.open(file)
     assert shown(window) == {"Crops": "1", "Called atypical": "1"}
     labels = "[...document.querySelectorAll('.controls label')]"

@@ -17,13 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from inference.answers import Answer
 from inference.ensemble import Ensemble
 from inference.errors import UserError
+from inference.exits import INCOMPLETE
 from inference.imageio.listing import list_crops
 from inference.progress import Progress
-from inference.report.page import Row
-from inference.scoring import command as score
+from inference.scoring.run import most_worth_a_look
 from inference.scoring.table import Table
+from test.support import commands
 from test.support.miniature import make_ensemble
 
 
@@ -61,7 +63,9 @@ def crops(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[st
 
 
 def run(weights: Path, *arguments: object) -> int:
-    return score.main([*map(str, arguments), "--weights", str(weights), "--device", "cpu", "--precision", "fp32"])
+    return commands.inference(
+        *["score", *map(str, arguments), "--weights", str(weights), "--device", "cpu", "--precision", "fp32"]
+    )
 
 
 def read(file: Path) -> list[dict[str, str]]:
@@ -104,7 +108,7 @@ def test_a_finished_run_loads_nothing_again(weights, crops, tmp_path, monkeypatc
     assert run(weights, last, "--csv", tmp_path / "out.csv") == 0
     before = (tmp_path / "out.csv").read_bytes()
     monkeypatch.setattr(Ensemble, "load", lambda *_: pytest.fail("loaded"))
-    monkeypatch.setattr(score, "read_stack", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("inference.scoring.run.read_stack", lambda *_: pytest.fail("read"))
     assert run(weights, last, "--csv", tmp_path / "out.csv") == 0
     assert (tmp_path / "out.csv").read_bytes() == before
 
@@ -133,12 +137,12 @@ def test_a_file_that_is_no_result_is_left_as_it_is(weights, crops, tmp_path, con
     assert file.read_bytes() == content.encode("latin-1")
 
 
-ROWS = [Row(f'a "quoted", {n}\u00e4.png', n % 3, n / 7, (n / 9, n / 8)) for n in range(6)]
+ROWS = [Answer(f'a "quoted", {n}\u00e4.png', n % 3, n / 7, (n / 9, n / 8)) for n in range(6)]
 
 
 @given(st.data())
 @settings(max_examples=60, deadline=None)
-def test_a_result_cut_anywhere_is_mended(tmp_path_factory, data) -> None:
+def test_a_result_cut_anywhere_is_resumed(tmp_path_factory, data) -> None:
     folder = tmp_path_factory.mktemp("cut")
     (folder / "ensemble.json").write_text("{}")
     manifest = load_like(folder)
@@ -158,7 +162,7 @@ def load_like(folder: Path):
     """What a table needs of a manifest: a folder to hash, the folds and the threshold."""
     from types import SimpleNamespace
 
-    return SimpleNamespace(folder=folder, folds=(1, 2), threshold=0.5)
+    return SimpleNamespace(folder=folder, members=[SimpleNamespace(name="one", folds=(1, 2))], threshold=0.5)
 
 
 def test_unreadable_files_are_named_and_counted(weights, crops, tmp_path, capsys) -> None:
@@ -167,7 +171,7 @@ def test_unreadable_files_are_named_and_counted(weights, crops, tmp_path, capsys
     good = tmp_path / "good.png"
     good.write_bytes((crops[0] / "atypical/a.png").read_bytes())
     out = tmp_path / "out.csv"
-    assert run(weights, tmp_path, "--csv", out, "--report", tmp_path / "out.html") == score.UNREADABLE
+    assert run(weights, tmp_path, "--csv", out, "--report", tmp_path / "out.html") == INCOMPLETE
     assert [row["path"] for row in read(out)] == [str(good)]
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 3 and err[0].startswith("not scored: ") and "empty.png" in err[1]
@@ -206,7 +210,7 @@ def test_folders_can_be_labels(crops) -> None:
     [
         ("name,label\na.png,1\n", None, "has the columns .* expected one of path"),
         ("path\na.png\n", "truth", "has no column 'truth'"),
-        ("path,label\na.png,perhaps\n", "label", "row 2: label is 'perhaps'"),
+        ("path,label\na.png,perhaps\n", "label", "row 2, column label: label is 'perhaps'"),
         ("path,page\na.png,-1\n", None, "page is '-1'"),
         ("path,page\na.png\n", None, "row 2 has not 2 fields"),
         ("", None, "has the columns"),
@@ -226,18 +230,6 @@ def test_nothing_to_score_is_an_error(tmp_path) -> None:
         list_crops([tmp_path])
 
 
-def test_figures_are_scikit_learns() -> None:
-    from sklearn.metrics import balanced_accuracy_score, recall_score, roc_auc_score
-
-    rng = np.random.default_rng(1)
-    labels, p = rng.integers(0, 2, 300), rng.integers(0, 20, 300) / 20  # with ties
-    found = score.figures(p, labels, 0.35)
-    assert found["AUC"] == pytest.approx(roc_auc_score(labels, p))
-    assert found["balanced accuracy"] == pytest.approx(balanced_accuracy_score(labels, p >= 0.35))
-    assert found["sensitivity"] == pytest.approx(recall_score(labels, p >= 0.35))
-    assert set(score.figures(p, labels * 0, 0.5).values()) == {None}
-
-
 def test_a_report_that_cannot_be_written_is_refused_before_the_work(weights, crops, tmp_path) -> None:
     with pytest.raises(UserError, match="cannot be written"):
         run(weights, crops[0], "--csv", tmp_path / "out.csv", "--report", tmp_path / "missing" / "out.html")
@@ -253,15 +245,15 @@ def test_maps_of_the_crops_most_worth_a_look(weights, crops, tmp_path, monkeypat
     assert run(weights, crops[0], "--labels", "@folder", "--csv", out, "--report", report, "--attribution", 3) == 0
     data = json.loads(re.search(r'id="data">(.*?)</script>', report.read_text())[1])
     rows = [(float(row["p_atypical"]), "/atypical/" in row["path"]) for row in read(out)]
-    order = score.most_worth_a_look([Row("", 0, p, (), int(atypical)) for p, atypical in rows], 0.45)
+    order = most_worth_a_look([Answer("", 0, p, (), label=int(atypical)) for p, atypical in rows], 0.45)
     assert {n for n, one in enumerate(data["maps"]) if one} == set(order[:3])
     assert data["label"] == [int(atypical) for _, atypical in rows]
 
 
 def test_mistakes_are_most_worth_a_look() -> None:
     cases = [(0.9, 1), (0.46, None), (0.6, 0), (0.1, 1), (0.43, 0), (0.05, None)]
-    rows = [Row("", 0, p, (), label) for p, label in cases]
-    assert score.most_worth_a_look(rows, 0.45) == [3, 2, 1, 4, 5, 0]
+    rows = [Answer("", 0, p, (), label=label) for p, label in cases]
+    assert most_worth_a_look(rows, 0.45) == [3, 2, 1, 4, 5, 0]
 
 
 def test_progress_is_for_terminals_only() -> None:

@@ -14,7 +14,7 @@ import pytest
 from inference.cluster.records import read_shard
 from inference.cluster.shards import UNREADABLE, plan, source_of
 from inference.errors import UserError
-from inference.scoring import command as score
+from test.support import commands
 from test.support.shard_files import CROPS, arguments, run, write_parquet, write_tar
 
 
@@ -81,9 +81,9 @@ def test_what_makes_no_sense_is_refused_before_ray_starts(miniature, blobs, tmp_
 def test_options_of_a_cluster_need_one(miniature, tmp_path) -> None:
     for more in (["--output", "x"], ["--workers", "2"], ["--shard", "5"], ["--image", "x"]):
         with pytest.raises(UserError, match=f"{more[0]} without --ray"):
-            score.main([str(tmp_path), "--weights", str(miniature), *more])
+            commands.inference(*["score", str(tmp_path), "--weights", str(miniature), *more])
     with pytest.raises(UserError, match="--ray without --output"):
-        score.main([str(tmp_path), "--weights", str(miniature), "--ray", "local"])
+        commands.inference(*["score", str(tmp_path), "--weights", str(miniature), "--ray", "local"])
 
 
 def test_without_ray_one_line_says_what_to_install(miniature, tmp_path) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from inference.manifest import load_manifest
-from inference.scoring import command as score
+from test.support import commands
 from test.support.browser import Browser, browser
 from test.support.figures import FIGURES, STAINS, draw
 
@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
         folder, report = Path("crops"), Path("report.html")
         folder.mkdir()
         table = draw_crops(folder, options.per_kind, options.seed)
-        score.main([str(table), "--report", str(report), "--weights", str(weights), "--device", "cpu",
+        commands.inference(*["score", str(table), "--report", str(report), "--weights", str(weights), "--device", "cpu",
                     "--attribution", "--title", "Drawn crops"])  # fmt: skip
         photograph_report(window, report, output)
         if training:

@@ -10,7 +10,7 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from inference.slides import command as slides
+from test.support import commands
 from test.support.tables import write_csv
 
 FIGURES = {(700, 301): "bridge", (333, 900): "metaphase", (1101, 777): "multipolar"}  # by their centres
@@ -46,7 +46,7 @@ def detections(slide: Path | str, places: object = tuple(FIGURES)) -> list[list[
 def run(folder: Path, rows: Sequence[Sequence[object]], *options: object, header: str = "slide,x,y") -> int:
     """Writes rows as a table in `folder`, and cuts them into its folder `crops`."""
     table = write_csv(folder / "found.csv", header, rows)
-    return slides.main([str(table), "--output", str(folder / "crops"), *map(str, options)])
+    return commands.inference(*["crops", str(table), "--output", str(folder / "crops"), *map(str, options)])
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from inference.scoring import command as score
+from test.support import commands
 
 CROPS = 60
 
@@ -62,4 +62,4 @@ def arguments(weights: Path, output: object, *more: object) -> list[str]:
 
 
 def run(address: str, weights: Path, output: object, *more: object) -> int:
-    return score.main(["--ray", address, *arguments(weights, output, *more)])
+    return commands.inference(*["score", "--ray", address, *arguments(weights, output, *more)])

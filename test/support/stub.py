@@ -60,16 +60,24 @@ def stub_manifest(folder: Path, folds: int = 1, **changes: Any) -> dict[str, Any
 class StubEnsemble:
     """Answers each crop with its mean brightness."""
 
-    precision, recomputed = "fp32", 0
+    precision, device_name = "fp32", "cpu"
 
-    def __init__(self, manifest: Any, device: str, precision: str) -> None:
-        import torch
+    def __init__(self, manifest: Any, device: str, precision: str, *, checks: Any = (), keep: bool = True) -> None:
+        self.manifest, self.checks = manifest, checks
+        self.members = [
+            mock.Mock(about=about, precision="fp32", seconds=0.0, weights_seconds=0.0) for about in manifest.members
+        ]
 
-        self.device = torch.device("cpu")
+    def device_bytes(self) -> int:
+        return 0
 
     def predict(self, crops: list[np.ndarray]) -> Any:
+        for check in self.checks:
+            check.result()
         p = np.array([float(crop.mean()) / 255 for crop in crops])
-        return mock.Mock(p_atypical=p, fold_p=p[None], spread=0 * p)
+        return mock.Mock(
+            p_atypical=p, member_p=p[None], fold_p=p[None], spread=0 * p, member_spread=0 * p[None], recomputed=0
+        )
 
 
 @dataclass(frozen=True)

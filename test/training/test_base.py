@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from inference.backbones import build
-from inference.manifest import sha256
+from inference.checksums import sha256
 from training.__main__ import main
 
 

@@ -8,10 +8,7 @@ import numpy as np
 import pytest
 
 from inference.ensemble import average
-from test.support.tables import fake_run
-from training.__main__ import main
-from training.calibrate import OutOfFold, averaged, calibrate, calibrated, fit_scale, read_out_of_fold, sigmoid
-from training.metrics import (
+from inference.metrics import (
     balanced_accuracy,
     best_threshold,
     brier,
@@ -23,6 +20,9 @@ from training.metrics import (
     roc_curve,
     scores,
 )  # fmt: skip
+from test.support.tables import fake_run
+from training.__main__ import main
+from training.calibrate import OutOfFold, averaged, calibrate, calibrated, fit_scale, read_out_of_fold, sigmoid
 
 
 def made_up(n: int = 3000, views_noise: float = 0.0, scale: float = 1.0, seed: int = 0) -> OutOfFold:

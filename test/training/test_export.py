@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
 
+from inference.checksums import sha256
 from inference.ensemble import Ensemble
 from inference.errors import UserError
-from inference.manifest import load_manifest, sha256
+from inference.manifest import load_manifest
 from test.support.miniature import random_base
 from test.support.tables import tiny_table
 from training.__main__ import main

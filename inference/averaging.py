@@ -1,0 +1,34 @@
+"""From logits to probabilities, by the manifest's rule: one definition for the job, calibration and reports.
+
+Shapes: M members, F folds of a member, V views, N crops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .metrics import sigmoid
+
+
+def average(
+    logits: Sequence[np.ndarray], averaging: str, temperature: float, weights: Sequence[float] | None = None
+) -> np.ndarray:
+    """P(atypical) (N,) of members with logits (F, V, N) each; a member counts as its weight says, by default equally.
+
+    averaging: "logit" takes the mean of the logits, "probability" that of the probabilities; within a member all folds
+    and views count equally. Every logit is divided by the temperature. The weights add up to 1.
+    """
+    weights = [1 / len(logits)] * len(logits) if weights is None else weights
+    scaled = [member.astype(np.float64) / temperature for member in logits]
+    if averaging == "logit":
+        return sigmoid(_weighted([member.mean((0, 1)) for member in scaled], weights))
+    return _weighted([sigmoid(member).mean((0, 1)) for member in scaled], weights)
+
+
+def _weighted(values: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
+    total = np.zeros_like(values[0])
+    for value, weight in zip(values, weights, strict=True):
+        total += weight * value
+    return total

@@ -1,0 +1,58 @@
+"""One way to write a program of several commands, for `python -m inference` and `python -m training` alike.
+
+A command is a module with `configure(parser)` and `run(options)`, which returns an exit code or None for 0. Only the
+module of the command that is asked for is imported. Standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from .manifest import MODEL_TARBALL, PRECISIONS
+
+DEVICES = ("auto", "cuda", "cpu")
+
+
+class Command(NamedTuple):
+    """The module that runs it, and the line that --help shows."""
+
+    module: str
+    line: str
+
+
+def run(
+    program: str, description: str, commands: Mapping[str, Command], arguments: Sequence[str], default: str = ""
+) -> int:
+    """Parse `arguments`, import the command's module and run it. Without a command, `default` takes the arguments.
+
+    Exits as argparse does for --help and for options that are not known (code 2).
+    """
+    arguments = list(arguments)
+    if default and (not arguments or arguments[0] not in (*commands, "-h", "--help")):
+        arguments.insert(0, default)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=program, description=description, formatter_class=formatter)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    for name, command in commands.items():
+        sub = subparsers.add_parser(name, help=command.line, description=command.line)
+        if name == arguments[0]:
+            importlib.import_module(command.module).configure(sub)
+    options = parser.parse_args(arguments)
+    return importlib.import_module(commands[options.command].module).run(options) or 0
+
+
+def add_ensemble_options(parser: argparse.ArgumentParser) -> None:
+    """--weights, --device and --precision, as every command that predicts takes them."""
+    about = f"ensemble folder (default: what was uploaded to {MODEL_TARBALL}, else the bundled one)"
+    parser.add_argument("--weights", type=Path, metavar="DIR", help=about)
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: the GPU where there is one")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", *PRECISIONS),
+        default="auto",
+        help="auto: the fast one of this hardware, where the ensemble allows it",
+    )

@@ -1,0 +1,160 @@
+"""Answer one stack: the job that the platform starts (`python -m inference`), and each task of the server.
+
+A job answers a stack in /input with a JSON file in /output. Exit code 0 with an empty stderr, or 1 with one line on
+stderr that says what was found, what was expected and what to do, and no output. PyTorch is imported late: the input is
+read and the files are hashed before and beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .checksums import start_checks
+from .commandline import add_ensemble_options
+from .contract import find_stack, remove_answers, write_answers
+from .errors import UserError
+from .exits import check_memory_limit, log, stderr_in_log
+from .files import write_whole
+from .labels import class_of
+from .manifest import default_ensemble, load_manifest
+
+if TYPE_CHECKING:
+    from .ensemble import Ensemble, Prediction
+
+START = time.perf_counter()
+
+
+class Clock:
+    """Seconds of each phase, in the order in which they end."""
+
+    def __init__(self, start: float) -> None:
+        self.last = start
+        self.seconds: dict[str, float] = {}
+
+    def mark(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] = round(now - self.last, 3)
+        self.last = now
+
+
+def answer_stack(
+    input_dir: Path, output_dir: Path, start: Callable[[], Callable[[], Ensemble]], clock: Clock
+) -> tuple[Ensemble, Prediction]:
+    """Answer the stack in `input_dir` in `output_dir`; UserError, and no answers, where that cannot be done.
+
+    start: called once the answers of an earlier job are gone; returns what waits for the ensemble, so that opening it
+    may go on while the stack is read
+    """
+    remove_answers(output_dir)
+    ready = start()
+    # the decoder is loaded here, not with this module: a stack that is not there needs none
+    stack = find_stack(input_dir)
+    from .imageio.stack import read_stack
+
+    crops = read_stack(stack)
+    clock.mark("input")
+    ensemble = ready()
+    clock.mark("load")
+    prediction = ensemble.predict(crops)
+    clock.mark("predict")
+    write_answers(output_dir, prediction.p_atypical.tolist(), ensemble.manifest.threshold)
+    clock.mark("write")
+    if prediction.recomputed:
+        log(f"note: {prediction.recomputed} crops were recomputed in fp32, their logits were not finite")
+    return ensemble, prediction
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--input", type=Path, default=Path("/input"), metavar="DIR", help="inputs.json and images/ (default /input)")
+    add("--output", type=Path, default=Path("/output"), metavar="DIR", help="gets the answers (default /output)")
+    add_ensemble_options(parser)
+    add("--details", type=Path, metavar="FILE", help="also write members, folds, spread and seconds as JSON to FILE")
+
+
+def run(options: argparse.Namespace) -> None:
+    """One job, from input folder to answers; logs what it computed with, and the seconds of each phase."""
+    clock = Clock(START)
+
+    def start() -> Callable[[], Ensemble]:
+        manifest = load_manifest(options.weights or default_ensemble())
+        checks = start_checks(manifest)  # in a thread, while this one reads the stack and imports PyTorch
+
+        def ready() -> Ensemble:
+            check_memory_limit()
+            import torch  # noqa: F401
+
+            clock.mark("import")
+            from .ensemble import Ensemble
+
+            return Ensemble(manifest, options.device, options.precision, checks=checks, keep=False)
+
+        return ready
+
+    with stderr_in_log():
+        ensemble, prediction = answer_stack(options.input, options.output, start, clock)
+        log_summary(ensemble, prediction, clock)
+        if options.details:
+            try:
+                write_whole(options.details, json.dumps(details(ensemble, prediction, clock), indent=1))
+            except OSError as error:
+                remove_answers(options.output)
+                raise UserError(
+                    f"cannot write {options.details} ({error.strerror}); expected a writable file; name another"
+                ) from None
+
+
+def log_summary(ensemble: Ensemble, prediction: Prediction, clock: Clock) -> None:
+    manifest = ensemble.manifest
+    log(f"ensemble {manifest.name}, device {ensemble.device_name}, pages {len(prediction.p_atypical)}")
+    for member in ensemble.members:
+        about = member.about
+        weight = f", weight {about.weight:g}" if len(manifest.members) > 1 else ""
+        log(
+            f"member {about.name}: {about.backbone}, {len(about.folds)} folds, tta {about.tta}, precision "
+            f"{member.precision}{weight}, {member.seconds:.3f} seconds ({member.weights_seconds:.3f} for its weights)"
+        )
+    log("seconds " + ", ".join(f"{phase} {value:.3f}" for phase, value in clock.seconds.items()))
+
+
+def details(ensemble: Ensemble, prediction: Prediction, clock: Clock) -> dict[str, Any]:
+    """What --details writes: the run, its members, and each page with its members' and folds' probabilities."""
+    threshold = ensemble.manifest.threshold
+    pages = [
+        {
+            "page": n,
+            "class": class_of(p, threshold),
+            "p_atypical": p,
+            "member_p": prediction.member_p[:, n].tolist(),
+            "fold_p": prediction.fold_p[:, n].tolist(),
+            "spread": float(prediction.spread[n]),
+        }
+        for n, p in enumerate(prediction.p_atypical.tolist())
+    ]
+    members = [
+        {
+            "name": member.about.name,
+            "backbone": member.about.backbone,
+            "folds": len(member.about.folds),
+            "precision": member.precision,
+            "seconds": round(member.seconds, 3),
+            "weights_seconds": round(member.weights_seconds, 3),
+            "spread": float(spread.mean()),
+        }
+        for member, spread in zip(ensemble.members, prediction.member_spread, strict=True)
+    ]
+    return {
+        "ensemble": ensemble.manifest.name,
+        "device": ensemble.device_name,
+        "precision": ensemble.precision,
+        "threshold": threshold,
+        "pages": pages,
+        "members": members,
+        "seconds": clock.seconds,
+        "device_bytes": ensemble.device_bytes(),
+    }
