@@ -47,8 +47,8 @@ def answer_stack(
 ) -> tuple[Ensemble, Prediction]:
     """Answer the stack in `input_dir` in `output_dir`; UserError, and no answers, where that cannot be done.
 
-    start: called once the answers of an earlier job are gone; returns what waits for the ensemble, so that opening it
-    may go on while the stack is read
+    start: begins to open the ensemble, once the answers of an earlier job are gone; returns a function that waits for
+    it. So the stack is read meanwhile.
     """
     remove_answers(output_dir)
     ready = start()
