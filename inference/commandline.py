@@ -39,7 +39,7 @@ def run(
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     for name, command in commands.items():
         sub = subparsers.add_parser(name, help=command.line, description=command.line)
-        if name == arguments[0]:
+        if arguments[:1] == [name]:
             importlib.import_module(command.module).configure(sub)
     options = parser.parse_args(arguments)
     return importlib.import_module(commands[options.command].module).run(options) or 0
