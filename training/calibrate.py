@@ -63,7 +63,7 @@ def read_out_of_fold(run: Path) -> OutOfFold:
     for fold in np.unique(folds):
         file = run / f"fold{fold}" / "oof.npz"
         if not file.exists():
-            raise UserError(f"{file} is missing; fold {fold} is not finished; run 'training fit' again to go on")
+            raise UserError(f"{file} is missing; fold {fold} is not finished; run 'training fit' again to resume it")
         stored = np.load(file)
         logits[:, stored["index"]] = stored["logits"]
     if np.isnan(logits).any():

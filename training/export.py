@@ -21,7 +21,7 @@ from inference.errors import UserError
 from inference.manifest import BASES, FILE, load_manifest
 
 from .calibrate import calibrate, read_out_of_fold
-from .fit import load_crops
+from .feed import load_crops
 from .recipe import from_dict
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from inference.imageio.stack import read_stack
+from inference.preprocess import normalise
 
+from .augment import augment, mixup
 from .data import Crop
 from .losses import weights_by
 from .recipe import Recipe
 
 CANVAS = 1.6  # canvas side over crop side: room for rotation, shift and magnification without padding
+
+
+class Batch(NamedTuple):
+    """rgb: the network's input (B, 3, S, S); target: in [0, 1] (B,); weight: of the loss (B,)."""
+
+    rgb: torch.Tensor
+    target: torch.Tensor
+    weight: torch.Tensor
 
 
 def load_crops(crops: Sequence[Crop]) -> list[np.ndarray]:
@@ -68,3 +80,43 @@ def targets(recipe: Recipe, crops: Sequence[Crop]) -> torch.Tensor:
     votes = [sum(crop.votes) / len(crop.votes) if crop.votes else crop.label for crop in crops]
     labels = torch.tensor([float(crop.label) for crop in crops])
     return labels + recipe.soft_labels * (torch.tensor(votes) - labels)
+
+
+@dataclass
+class Feed:
+    """The training crops of fold `number` as batches; `rank` of `world` processes takes its share of each."""
+
+    recipe: Recipe
+    crops: Sequence[Crop]
+    images: Sequence[np.ndarray]
+    number: int
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        self.canvas = canvases(self.images, self.recipe.crop)
+        self.target, self.weight = targets(self.recipe, self.crops), loss_weights(self.recipe, self.crops)
+        self.preprocess = self.recipe.preprocess()
+
+    @property
+    def steps(self) -> int:
+        """Batches in an epoch."""
+        return max(1, len(self.crops) // min(self.recipe.batch, len(self.crops)))
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """The batches of one epoch, drawn from (seed, fold, epoch) alone.
+
+        Every process draws the whole batch and takes its share: the same crops whatever the number of processes.
+        """
+        recipe, g = self.recipe, generator(self.recipe.seed, self.number, epoch)
+        order = epoch_order(self.crops, recipe.sampling, g)
+        for index in batches(len(self.crops), recipe, order):
+            side = recipe.crop or self.canvas.shape[-1]
+            rgb = augment(self.canvas[index].float() / 255, side, recipe.size, recipe.augment, g)
+            target, weight = self.target[index], self.weight[index]
+            if recipe.augment.mixup:
+                rgb, target, weight = mixup(rgb, target, weight, recipe.augment.mixup, g)
+            share = slice(self.rank, None, self.world)
+            rgb = normalise(rgb[share], self.preprocess)
+            # shares of a batch may differ by one crop: their mean losses count by their size
+            yield Batch(rgb, target[share], weight[share] * (len(rgb) * self.world / len(index)))

@@ -1,4 +1,4 @@
-"""Train the folds of a recipe in a run folder, or go on where they stopped."""
+"""Train the folds of a recipe in a run folder, or resume where they stopped."""
 
 from __future__ import annotations
 
@@ -20,12 +20,10 @@ from inference.manifest import BASES
 
 from .data import Crop, describe, load_data
 from .feed import load_crops
-from .loop import fit_fold
+from .loop import Run, fit_fold
 from .processes import die_with_parent, fit_in_parallel, on_main, say
 from .recipe import Recipe, load_recipe
 from .splits import read_split, split, write_split
-
-__all__ = ["configure", "fit", "fit_fold", "load_crops", "prepare", "run"]
 
 
 def add_inputs(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
         return run_parallel(options, recipe, folder, base)
     accelerator = make_accelerator(recipe)
     crops = load_data(options.data, lambda line: None if options.parent else say(accelerator, line))
-    fit(recipe, folder, crops, load_crops(crops), base, accelerator, options.fold)
+    fit(Run(recipe, folder, crops, load_crops(crops), base, accelerator), options.fold)
 
 
 def run_parallel(options: argparse.Namespace, recipe: Recipe, folder: Path, base: Path) -> None:
@@ -85,14 +83,11 @@ def run_parallel(options: argparse.Namespace, recipe: Recipe, folder: Path, base
         fit_in_parallel(left, options.parallel, [f"{k}={v}" for k, values in words.items() for v in values])
 
 
-def fit(
-    recipe: Recipe, folder: Path, crops: Sequence[Crop], images: Sequence[np.ndarray], base: Path,
-    accelerator: Accelerator, only: Sequence[int] | None = None,
-) -> None:  # fmt: skip
+def fit(run: Run, only: Sequence[int] | None = None) -> None:
     """All folds of a run, or `only` those numbers; finished ones are kept."""
-    fold = prepare(folder, recipe, crops, accelerator)
+    fold = prepare(run)
     for number in choose(fold, only):
-        fit_fold(recipe, crops, images, fold, number, folder, base, accelerator)
+        fit_fold(run, fold, number)
 
 
 def choose(fold: np.ndarray, only: Sequence[int] | None) -> Sequence[int]:
@@ -130,9 +125,9 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def prepare(folder: Path, recipe: Recipe, crops: Sequence[Crop], accelerator: Accelerator) -> np.ndarray:
+def prepare(run: Run) -> np.ndarray:
     """The folds of the run folder in every process; see `write_run`."""
-    return on_main(accelerator, lambda: write_run(folder, recipe, crops))
+    return on_main(run.accelerator, lambda: write_run(run.folder, run.recipe, run.crops))
 
 
 def write_run(folder: Path, recipe: Recipe, crops: Sequence[Crop]) -> np.ndarray:
@@ -147,9 +142,7 @@ def write_run(folder: Path, recipe: Recipe, crops: Sequence[Crop]) -> np.ndarray
             file, new = folder / name, Path(partial) / name
             new.write_text(json.dumps(content, indent=1) + "\n")
             if file.exists() and file.read_text() != new.read_text():
-                raise UserError(
-                    f"{file} differs from this call; expected the same run to go on; choose another --run folder"
-                )
+                raise UserError(f"{file} differs from this call; expected the same run's; choose another --run folder")
         if not (folder / "split.csv").exists():
             write_split(Path(partial) / "split.csv", crops, split(crops, recipe.split, recipe.folds, recipe.seed))
         for new in Path(partial).iterdir():

@@ -90,7 +90,7 @@ async def _fit_all(numbers: Sequence[int], at_once: int, arguments: Sequence[str
     except ExceptionGroup as failed:
         raise failed.exceptions[0] from None
     except asyncio.CancelledError:
-        raise UserError(f"stopped by {stopped_by[0]}, every fold with it; the same command goes on") from None
+        raise UserError(f"stopped by {stopped_by[0]}, every fold with it; the same command resumes") from None
 
 
 async def _fit_one(number: int, slots: asyncio.Queue[str], threads: int, arguments: Sequence[str]) -> None:
@@ -112,5 +112,5 @@ async def _fit_one(number: int, slots: asyncio.Queue[str], threads: int, argumen
             await process.wait()
     if code:
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}, see above"
-        raise UserError(f"fold {number} {how}; the other folds were stopped; the same command goes on")
+        raise UserError(f"fold {number} {how}; the other folds were stopped; the same command resumes")
     slots.put_nowait(gpu)

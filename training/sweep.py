@@ -1,6 +1,6 @@
 """Fit ranks x splits x backbones and write one table of their out-of-fold scores, as arXiv 2509.16935 compares them.
 
-Each combination is a run folder like any other, so a sweep that was stopped goes on where it was, and `report` or
+Each combination is a run folder like any other, so a sweep that was stopped resumes where it was, and `report` or
 `export` take any of its runs. The table is written anew after each.
 """
 
@@ -26,6 +26,7 @@ from .calibrate import OutOfFold, calibrate, calibrated, read_out_of_fold
 from .data import load_data
 from .feed import load_crops
 from .fit import add_inputs, find_base, fit, make_accelerator
+from .loop import Run
 from .processes import say
 from .recipe import Recipe, load_recipe
 from .splits import KINDS
@@ -63,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     for number, (name, recipe) in enumerate(recipes.items(), 1):
         say(accelerator, f"{number} of {len(recipes)}: {name}")
-        fit(recipe, options.run / name, crops, images, bases[recipe.backbone], accelerator)
+        fit(Run(recipe, options.run / name, crops, images, bases[recipe.backbone], accelerator))
         if accelerator.is_main_process:
             rows.append(summarise(options.run / name, recipe))
             write_tables(options.run, rows, options.recipe)

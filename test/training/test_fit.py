@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+import training.feed
 import training.loop
 from inference.errors import UserError
 from inference.imageio.stack import read_stack
@@ -28,8 +29,9 @@ from training.augment import Augment
 from training.data import load_data
 from training.feed import batches, epoch_order, generator, load_crops
 from training.fit import fit, make_accelerator
-from training.loop import Progress, fit_fold, learning_rate_share
+from training.loop import Run, fit_fold
 from training.recipe import Recipe, load_recipe
+from training.state import State, learning_rate_share
 
 PLAIN = ["augment.dihedral=false", *(f"augment.{f.name}=0" for f in fields(Augment) if f.name != "dihedral")]
 
@@ -58,7 +60,7 @@ def run_fold(data: SimpleNamespace, tmp_path: Path) -> Any:
         accelerator = Accelerator(
             cpu=True, mixed_precision="no" if settings.precision == "fp32" else settings.precision
         )
-        fit_fold(settings, data.crops, data.images, data.fold, 0, tmp_path / name, data.base, accelerator)
+        fit_fold(Run(settings, tmp_path / name, data.crops, data.images, data.base, accelerator), data.fold, 0)
         return load_file(tmp_path / name / "fold0" / "adapter_model.safetensors")
 
     return call
@@ -83,8 +85,8 @@ def test_a_kill_in_the_middle_of_an_epoch_changes_nothing(run_fold, monkeypatch,
             raise KeyboardInterrupt
         return real(*arguments)
 
-    real = training.loop.augment
-    monkeypatch.setattr(training.loop, "augment", dies)
+    real = training.feed.augment
+    monkeypatch.setattr(training.feed, "augment", dies)
     with pytest.raises(KeyboardInterrupt):
         run_fold(settings, "killed")
     assert (tmp_path / "killed" / "fold0" / "checkpoint.pt").exists()
@@ -103,7 +105,7 @@ def test_a_kill_in_the_middle_of_an_epoch_changes_nothing(run_fold, monkeypatch,
 
 def test_a_finished_fold_is_left_alone(run_fold, monkeypatch):
     first = run_fold(recipe("epochs=1"))
-    monkeypatch.setattr(training.loop, "augment", None)
+    monkeypatch.setattr(training.feed, "augment", None)
     assert same(run_fold(recipe("epochs=1")), first)
 
 
@@ -148,16 +150,18 @@ def test_early_stopping_keeps_the_best_epoch(run_fold, monkeypatch, tmp_path):
     assert not same(stopped, run_fold(recipe("epochs=1"), "other"))
 
 
-def test_progress_without_an_auc_keeps_the_latest():
-    progress = Progress({"a": torch.zeros(1)}, {"a": torch.zeros(1)})
+def test_a_state_without_an_auc_keeps_the_latest():
+    AcceleratorState._reset_state()
+    model = torch.nn.Linear(1, 1, bias=False)
+    state = State(model, recipe(), 1, Accelerator(cpu=True), None)
     for value, auc in ((1.0, math.nan), (2.0, math.nan)):
-        progress.average["a"].fill_(value)
-        progress.judge(auc)
-    assert (progress.best_state["a"].item(), progress.stale, progress.best) == (2.0, 0, -1.0)
-    progress.judge(0.5)
-    progress.average["a"].fill_(3.0)
-    progress.judge(0.4)
-    assert (progress.best_state["a"].item(), progress.stale, progress.best) == (2.0, 1, 0.5)
+        state.average["weight"].fill_(value)
+        state.judge(auc)
+    assert (state.best_state["weight"].item(), state.stale, state.best) == (2.0, 0, -1.0)
+    state.judge(0.5)
+    state.average["weight"].fill_(3.0)
+    state.judge(0.4)
+    assert (state.best_state["weight"].item(), state.stale, state.best) == (2.0, 1, 0.5)
 
 
 def test_the_learning_rate_warms_up_and_ends_at_zero():
@@ -231,7 +235,7 @@ def test_real_crops_train(data, tmp_path):
     assert read_stack(crops[0].path)[0].shape == (128, 128, 3)
     AcceleratorState._reset_state()
     settings = load_recipe("default", ["size=48", "epochs=1", "batch=16", "precision=bf16"])
-    fit(settings, tmp_path, crops, load_crops(crops), data.base, make_accelerator(settings), [1])
+    fit(Run(settings, tmp_path, crops, load_crops(crops), data.base, make_accelerator(settings)), [1])
     stored = np.load(tmp_path / "fold1" / "oof.npz")
     assert stored["logits"].shape == (8, len(stored["index"]))
     assert np.isfinite(stored["logits"]).all()

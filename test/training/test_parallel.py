@@ -116,7 +116,7 @@ def test_folds_side_by_side_survive_every_kill(fit, whole, tmp_path):
         assert parent.wait(300) == 1
         assert not members(run)
     assert log.read_text().splitlines()[-1] == (
-        "error: fold 1 was ended by SIGKILL; the other folds were stopped; the same command goes on"
+        "error: fold 1 was ended by SIGKILL; the other folds were stopped; the same command resumes"
     )
 
     with started(command, log=log) as (parent,):  # pre-emption
@@ -124,12 +124,12 @@ def test_folds_side_by_side_survive_every_kill(fit, whole, tmp_path):
         parent.terminate()
         assert parent.wait(300) == 1
         assert not members(run)
-    assert "error: stopped by SIGTERM, every fold with it; the same command goes on" in log.read_text()
+    assert "error: stopped by SIGTERM, every fold with it; the same command resumes" in log.read_text()
 
     log.write_text("")
     with started(command, log=log) as (parent,):
         assert parent.wait(600) == 0, log.read_text()
-    assert "fold 1 goes on after epoch" in log.read_text()
+    assert "fold 1 resumes after epoch" in log.read_text()
     assert [largest_difference(run, whole, fold) for fold in (0, 1)] == [0, 0]
 
 
@@ -158,7 +158,7 @@ def test_two_processes_take_the_steps_of_one_whatever_happens_to_their_launcher(
     with started(command, log=log) as (launcher,):
         assert launcher.wait(600) == 0, log.read_text()
     assert "2 processes share each batch" in log.read_text()
-    assert "fold 0 goes on after epoch" in log.read_text()
+    assert "fold 0 resumes after epoch" in log.read_text()
     assert largest_difference(run, whole, 0) < 1e-4
 
 

@@ -20,8 +20,8 @@ from training.__main__ import main
 from training.augment import Augment
 from training.data import load_data
 from training.feed import load_crops
-from training.fit import make_accelerator, prepare
-from training.loop import fit_fold
+from training.fit import fit, make_accelerator
+from training.loop import Run
 from training.recipe import FOLDER, Recipe, load_recipe
 from training.splits import KINDS
 
@@ -93,9 +93,7 @@ def test_every_recipe_runs_from_crops_to_answers(name, tmp_path, monkeypatch):
     AcceleratorState._reset_state()
     accelerator = make_accelerator(recipe)
     run, ensemble = tmp_path / "run", tmp_path / "ensemble"
-    fold = prepare(run, recipe, crops, accelerator)
-    for number in (0, 1):
-        fit_fold(recipe, crops, images, fold, number, run, base, accelerator, miniature.overrides(recipe.backbone))
+    fit(Run(recipe, run, crops, images, base, accelerator, miniature.overrides(recipe.backbone)))
     assert main(["export", str(run), "--output", str(ensemble), "--base", str(base), "--include-base"]) == 0
     found = Ensemble.load(ensemble, "cpu", "fp32").predict(images)
     assert found.fold_p.shape == (2, 12)
