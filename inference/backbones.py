@@ -58,6 +58,7 @@ def _vit_targets(mlp: str = "fc1|fc2") -> dict[str, str]:
     # "proj" alone would also match patch_embed.proj, "fc1" nothing at all in DINOv3: whole names, asserted when applied
     return {
         "qkv": r"blocks\.\d+\.attn\.qkv",
+        "qv": r"blocks\.\d+\.attn\.qkv",  # the same layers; training keeps the part of the keys at zero
         "attn": r"blocks\.\d+\.attn\.(qkv|proj)",
         "all": rf"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.({mlp}))",
     }

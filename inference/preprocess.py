@@ -49,15 +49,20 @@ def normalise(batch: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
     return (batch - mean) / std
 
 
+def resize(square: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
+    """RGB in [0, 1] (N, 3, H, H) to (N, 3, S, S) with the kernel, antialiased; as it is where the size fits."""
+    size = (preprocess.size, preprocess.size)
+    if square.shape[-2:] == size:
+        return square
+    return F.interpolate(square, size, mode=preprocess.kernel, antialias=True).clamp_(0, 1)  # bicubic overshoots
+
+
 def to_batch(crops: Sequence[np.ndarray], preprocess: Preprocess) -> torch.Tensor:
     """Crops, each uint8 RGB (H, W, 3) of any size, to a normalised float32 batch (N, 3, S, S)."""
-    size = (preprocess.size, preprocess.size)
-    batch = torch.empty(len(crops), 3, *size)
+    batch = torch.empty(len(crops), 3, preprocess.size, preprocess.size)
     for n, crop in enumerate(crops):
         square = central_square(torch.tensor(crop).permute(2, 0, 1), preprocess.crop)[None].float() / 255
-        if square.shape[-2:] != size:  # a bicubic kernel overshoots: back into [0, 1]
-            square = F.interpolate(square, size, mode=preprocess.kernel, antialias=True).clamp_(0, 1)
-        batch[n] = square[0]
+        batch[n] = resize(square, preprocess)[0]
     return normalise(batch, preprocess)
 
 

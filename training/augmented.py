@@ -14,9 +14,10 @@ from inference.preprocess import to_batch
 
 from .augment import augment, mixup
 from .data import Crop, load_data
-from .feed import canvases, generator, load_crops
+from .feed import generator, load_crops
 from .fit import add_inputs
 from .recipe import Recipe, load_recipe
+from .warp import canvases
 
 GAP = 2  # pixels between pictures
 
@@ -64,10 +65,10 @@ def grid(recipe: Recipe, images: list[np.ndarray], columns: int, seed: int) -> n
     """uint8 (H, W, 3): a row per image, the plain input first, then `columns` augmented ones; MixUp mixes the rows."""
     preprocess, g = recipe.preprocess(), generator(seed)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocess.mean, preprocess.std))
-    canvas = canvases(images, recipe.crop)
+    around = canvases(images, recipe.crop)
     shown = [to_batch(images, preprocess) * std + mean]
     for _ in range(columns):
-        rgb = augment(canvas.float() / 255, recipe.crop or canvas.shape[-1], recipe.size, recipe.augment, g)
+        rgb = augment(around, preprocess, recipe.augment, g)
         if recipe.augment.mixup:
             rgb = mixup(rgb, torch.zeros(len(rgb)), torch.ones(len(rgb)), recipe.augment.mixup, g)[0]
         shown.append(rgb)

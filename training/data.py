@@ -1,4 +1,4 @@
-"""One table of labelled crops out of any number of data sets: found, checked, merged without known doubles, hashed."""
+"""One table of labelled crops out of any number of data sets: found, checked, merged without copies, hashed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from inference.errors import UserError
+from inference.imageio.stack import read_stack
 
 from .layouts import LAYOUTS, Crop, Layout, Row, check_folders
 
@@ -19,6 +22,8 @@ __all__ = ["Crop", "ami_br", "describe", "load_data", "load_set", "table_hash"]
 
 def load_data(places: Sequence[Path], report: Callable[[str], object] = print) -> list[Crop]:
     """The merged table of the data sets in `places`, each a folder in its published layout or a CSV.
+
+    Every crop is opened: no two crops of the table have the same pixels, so no copy can lie on both sides of a split.
 
     report: gets one line for everything left out, merged or odd
     Raises UserError where a set is missing, broken or contradicts itself or another.
@@ -30,7 +35,7 @@ def load_data(places: Sequence[Path], report: Callable[[str], object] = print) -
         for note in notes:
             report(note)
     crops = without_overlap(crops, report)
-    return without_doubles(crops, report)
+    return without_copies(without_doubles(crops, report), report)
 
 
 def ami_br(folder: Path) -> list[Crop]:
@@ -123,9 +128,7 @@ def without_overlap(crops: list[Crop], report: Callable[[str], object]) -> list[
                 "table leaves out (the benchmark's test split); they stay in"
             )
     if {"MIDOG25", "AtNorM-MD"} <= {crop.name.split("/")[0] for crop in crops}:
-        report(
-            "overlap: AtNorM-MD was drawn from MIDOG25's regions and names none; 'datasets --pixels' finds equal crops"
-        )
+        report("overlap: AtNorM-MD was drawn from MIDOG25's regions and names none; only equal crops are recognised")
     return [crop for crop in crops if crop.name not in doubles or not crop.group.startswith("MIDOG25/")]
 
 
@@ -142,6 +145,36 @@ def without_doubles(crops: list[Crop], report: Callable[[str], object]) -> list[
     if len(first) < len(crops):
         report(f"{len(crops) - len(first):,} rows name a file that another row names too; each is counted once")
     return list(first.values())
+
+
+def without_copies(crops: list[Crop], report: Callable[[str], object]) -> list[Crop]:
+    """The crops without those that have the pixels of an earlier one; UserError where two copies differ in label."""
+    first: dict[bytes, Crop] = {}
+    sides, copies, contrary = [], [], []
+    for crop in crops:  # one at a time: a data set may be larger than the memory
+        pixels = read_stack(crop.path)[0]
+        sides.append(pixels.shape[:2])
+        known = first.setdefault(hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).digest(), crop)
+        if known is not crop:
+            (copies if known.label == crop.label else contrary).append((known, crop))
+    if contrary:
+        one, other = contrary[0]
+        raise UserError(
+            f"{len(contrary)} crops have the pixels of another and the other label (first: {one.name}, label "
+            f"{one.label}, and {other.name}, label {other.label}); expected one label for one figure; correct a table, "
+            "or leave one data set out"
+        )
+    if copies:
+        one, other = copies[0]
+        report(
+            f"{len(copies):,} crops have the pixels of another and are counted once, as in the data set named first "
+            f"(first: {other.name} = {one.name})"
+        )
+    low, high = np.min(sides, axis=0), np.max(sides, axis=0)
+    if (low != high).any():
+        report(f"crops are {low[1]} x {low[0]} to {high[1]} x {high[0]} pixels")
+    left = set(map(id, (other for _, other in copies)))
+    return [crop for crop in crops if id(crop) not in left]
 
 
 def table_hash(crops: Sequence[Crop]) -> str:

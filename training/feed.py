@@ -1,9 +1,10 @@
-"""What a training step is fed: crops in memory, canvases to augment, targets, weights, and the order of an epoch."""
+"""What a training step is fed: the crops of a fold, augmented in batches, with targets and loss weights."""
 
 from __future__ import annotations
 
-import math
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,8 +18,7 @@ from .augment import augment, mixup
 from .data import Crop
 from .losses import weights_by
 from .recipe import Recipe
-
-CANVAS = 1.6  # canvas side over crop side: room for rotation, shift and magnification without padding
+from .warp import canvases
 
 
 class Batch(NamedTuple):
@@ -34,21 +34,8 @@ def load_crops(crops: Sequence[Crop]) -> list[np.ndarray]:
     return [read_stack(crop.path)[0] for crop in crops]
 
 
-def canvases(images: Sequence[np.ndarray], crop: int) -> torch.Tensor:
-    """The middle of every image, mirrored outwards where it is smaller, as one uint8 tensor (N, 3, C, C)."""
-    side = max(min(image.shape[:2]) for image in images)
-    side = min(side, math.ceil(crop * CANVAS)) if crop else side
-    out = torch.empty(len(images), 3, side, side, dtype=torch.uint8)
-    for n, image in enumerate(images):
-        pad = [(max(0, -(-(side - length) // 2)),) * 2 for length in image.shape[:2]]
-        image = np.pad(image, [*pad, (0, 0)], mode="symmetric")
-        top, left = ((length - side) // 2 for length in image.shape[:2])
-        out[n] = torch.tensor(image[top : top + side, left : left + side]).permute(2, 0, 1)
-    return out
-
-
 def generator(*numbers: int) -> torch.Generator:
-    """A generator whose stream depends on all of `numbers` and nothing else."""
+    """A generator whose stream depends on all of `numbers` and nothing else; trailing zeros do not count."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
 
 
@@ -56,8 +43,14 @@ def epoch_order(crops: Sequence[Crop], sampling: str, g: torch.Generator) -> tor
     """Indices of one epoch: each crop once, or drawn so that every class or domain x class comes equally often."""
     if sampling == "shuffle":
         return torch.randperm(len(crops), generator=g)
-    keys = [crop.label if sampling == "class" else (crop.domain, crop.label) for crop in crops]
-    return torch.multinomial(weights_by(keys, "inverse"), len(crops), replacement=True, generator=g)
+    return torch.multinomial(draw_weights(crops, sampling), len(crops), replacement=True, generator=g)
+
+
+def draw_weights(crops: Sequence[Crop], sampling: str) -> torch.Tensor:
+    """How often each crop (N,) is drawn in an epoch, on average."""
+    if sampling == "shuffle":
+        return torch.ones(len(crops))
+    return weights_by([crop.label if sampling == "class" else (crop.domain, crop.label) for crop in crops], "inverse")
 
 
 def batches(n: int, recipe: Recipe, order: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -75,6 +68,18 @@ def loss_weights(recipe: Recipe, crops: Sequence[Crop]) -> torch.Tensor:
     return weights / weights.mean()
 
 
+def loss_shares(recipe: Recipe, crops: Sequence[Crop]) -> tuple[dict[str, float], dict[str, float]]:
+    """How the loss is divided among the classes and among the domains, by weights and sampling; each sums to 1."""
+    share = loss_weights(recipe, crops) * draw_weights(crops, recipe.sampling)
+    share = share / share.sum()
+    classes: dict[str, float] = {"atypical": 0.0, "normal": 0.0}
+    domains: dict[str, float] = defaultdict(float)
+    for crop, value in zip(crops, share.tolist(), strict=True):
+        classes["atypical" if crop.label else "normal"] += value
+        domains[crop.domain] += value
+    return classes, dict(sorted(domains.items()))
+
+
 def targets(recipe: Recipe, crops: Sequence[Crop]) -> torch.Tensor:
     """The target of each crop (N,): its label, mixed with the share of expert votes where the recipe says so."""
     votes = [sum(crop.votes) / len(crop.votes) if crop.votes else crop.label for crop in crops]
@@ -84,7 +89,10 @@ def targets(recipe: Recipe, crops: Sequence[Crop]) -> torch.Tensor:
 
 @dataclass
 class Feed:
-    """The training crops of fold `number` as batches; `rank` of `world` processes takes its share of each."""
+    """The training crops of fold `number` as batches; `rank` of `world` processes takes its share of each.
+
+    workers: threads that augment batches ahead; 0 augments each batch when it is asked for. The batches are the same.
+    """
 
     recipe: Recipe
     crops: Sequence[Crop]
@@ -92,9 +100,10 @@ class Feed:
     number: int
     rank: int = 0
     world: int = 1
+    workers: int = 0
 
     def __post_init__(self) -> None:
-        self.canvas = canvases(self.images, self.recipe.crop)
+        self.canvases = canvases(self.images, self.recipe.crop)
         self.target, self.weight = targets(self.recipe, self.crops), loss_weights(self.recipe, self.crops)
         self.preprocess = self.recipe.preprocess()
 
@@ -104,19 +113,35 @@ class Feed:
         return max(1, len(self.crops) // min(self.recipe.batch, len(self.crops)))
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of one epoch, drawn from (seed, fold, epoch) alone.
+        """The batches of one epoch, each drawn from (seed, fold, epoch, step) alone, so in whatever thread."""
+        numbers = (self.recipe.seed, self.number, epoch)
+        order = epoch_order(self.crops, self.recipe.sampling, generator(*numbers))
+        # from 1: SeedSequence does not count trailing zeros
+        work = [(index, (*numbers, step)) for step, index in enumerate(batches(len(self.crops), self.recipe, order), 1)]
+        if not self.workers:
+            yield from (self._batch(index, generator(*seed)) for index, seed in work)
+            return
+        ahead: deque[Future[Batch]] = deque()
+        with ThreadPoolExecutor(self.workers) as pool:  # PyTorch and OpenCV compute without the interpreter's lock
+            try:
+                for index, seed in work:
+                    ahead.append(pool.submit(self._batch, index, generator(*seed)))
+                    if len(ahead) > 2 * self.workers:
+                        yield ahead.popleft().result()
+                while ahead:
+                    yield ahead.popleft().result()
+            finally:
+                for left in ahead:
+                    left.cancel()
 
-        Every process draws the whole batch and takes its share: the same crops whatever the number of processes.
-        """
-        recipe, g = self.recipe, generator(self.recipe.seed, self.number, epoch)
-        order = epoch_order(self.crops, recipe.sampling, g)
-        for index in batches(len(self.crops), recipe, order):
-            side = recipe.crop or self.canvas.shape[-1]
-            rgb = augment(self.canvas[index].float() / 255, side, recipe.size, recipe.augment, g)
-            target, weight = self.target[index], self.weight[index]
-            if recipe.augment.mixup:
-                rgb, target, weight = mixup(rgb, target, weight, recipe.augment.mixup, g)
-            share = slice(self.rank, None, self.world)
-            rgb = normalise(rgb[share], self.preprocess)
-            # shares of a batch may differ by one crop: their mean losses count by their size
-            yield Batch(rgb, target[share], weight[share] * (len(rgb) * self.world / len(index)))
+    def _batch(self, index: torch.Tensor, g: torch.Generator) -> Batch:
+        """Every process draws the whole batch and takes its share: the same crops whatever the number of processes."""
+        recipe = self.recipe
+        rgb = augment([self.canvases[n] for n in index.tolist()], self.preprocess, recipe.augment, g)
+        target, weight = self.target[index], self.weight[index]
+        if recipe.augment.mixup:
+            rgb, target, weight = mixup(rgb, target, weight, recipe.augment.mixup, g)
+        share = slice(self.rank, None, self.world)
+        rgb = normalise(rgb[share], self.preprocess)
+        # shares of a batch may differ by one crop: their mean losses count by their size
+        return Batch(rgb, target[share], weight[share] * (len(rgb) * self.world / len(index)))

@@ -144,7 +144,11 @@ def write_run(folder: Path, recipe: Recipe, crops: Sequence[Crop]) -> np.ndarray
             if file.exists() and file.read_text() != new.read_text():
                 raise UserError(f"{file} differs from this call; expected the same run's; choose another --run folder")
         if not (folder / "split.csv").exists():
-            write_split(Path(partial) / "split.csv", crops, split(crops, recipe.split, recipe.folds, recipe.seed))
+            write_split(
+                Path(partial) / "split.csv",
+                crops,
+                split(crops, recipe.split, recipe.folds, recipe.seed, recipe.split_by),
+            )
         for new in Path(partial).iterdir():
             if not (folder / new.name).exists():
                 os.replace(new, folder / new.name)

@@ -22,6 +22,7 @@ class Crop:
     """path to the image; label (atypical = 1); group (slide or case); domain (tumour x scanner); votes (1 = atypical).
 
     name: data set and file, the same on every machine
+    tumour, scanner, origin: what a split by domain may go by; "" where it is not known
     """
 
     path: Path
@@ -30,6 +31,9 @@ class Crop:
     domain: str
     votes: tuple[int, ...] = ()
     name: str = ""
+    tumour: str = ""
+    scanner: str = ""
+    origin: str = ""
 
 
 Row = dict[str, str]
@@ -82,11 +86,11 @@ def _ami_br(file: Path, rows: list[Row], notes: list[str], path_of: Callable[[Ro
             without += 1
             continue
         votes = tuple(int(row[f"expert{e}_atypical"] == "True") for e in (1, 2, 3))
-        domain = f"human breast cancer x {ami_br_scanner(row['dataset'], row['slide'])}"
+        scanner, tumour = ami_br_scanner(row["dataset"], row["slide"]), "human breast cancer"
+        origin = "" if scanner == "Leica SCN400" else "UMC Utrecht"  # the rest of TUPAC16: two centres, not named
         label = parse_label(row.get("final_label") or row["majority_atypical"], str(file))
-        crops.append(
-            Crop(path, label, f"{row['dataset']}/{row['slide']}", domain, votes, f"AMi-Br/{_ami_br_name(row)}")
-        )
+        group, name = f"{row['dataset']}/{row['slide']}", f"AMi-Br/{_ami_br_name(row)}"
+        crops.append(Crop(path, label, group, f"{tumour} x {scanner}", votes, name, tumour, scanner, origin))
     if without:
         notes.append(f"AMi-Br: {without} of {len(rows)} rows have no crop in {file.parent.name}/patches; left out")
     _count_outvoted("AMi-Br", crops, notes)
@@ -122,9 +126,10 @@ def midog25(file: Path, rows: list[Row], notes: list[str]) -> list[Crop]:
         votes = tuple(
             parse_label(answer, str(file)) for answer in answers if answer
         )  # a third vote only on disagreement
-        domain = f"{row['Tumor'].strip()} x {scanner_name(row['Scanner'])}"
-        name, label = row["image_id"], parse_label(row["majority"], str(file))
-        crops.append(Crop(folder / name, label, f"MIDOG25/{row['filename']}", domain, votes, f"MIDOG25/{name}"))
+        tumour, scanner, origin = row["Tumor"].strip(), scanner_name(row["Scanner"]), row.get("Origin", "").strip()
+        image, label, group = row["image_id"], parse_label(row["majority"], str(file)), f"MIDOG25/{row['filename']}"
+        domain, name = f"{tumour} x {scanner}", f"MIDOG25/{image}"
+        crops.append(Crop(folder / image, label, group, domain, votes, name, tumour, scanner, origin))
     _count_outvoted("MIDOG25", crops, notes)
     return crops
 
@@ -173,7 +178,10 @@ def atnorm(file: Path, rows: list[Row], notes: list[str]) -> list[Crop]:
 
 
 def plain(file: Path, rows: list[Row], notes: list[str]) -> list[Crop]:
-    """A CSV with path, label, group, domain and, if wanted, votes ("1 0 1"); paths are relative to the CSV's folder."""
+    """A CSV with path, label, group, domain and, if wanted, votes ("1 0 1"), tumour, scanner and origin.
+
+    Paths are relative to the CSV's folder.
+    """
     crops = []
     for number, row in enumerate(rows, 2):
         where = f"{file}, line {number}"
@@ -185,7 +193,8 @@ def plain(file: Path, rows: list[Row], notes: list[str]) -> list[Crop]:
         path = Path(row["path"])
         name = f"{file.stem}/{path.name if path.is_absolute() else path.as_posix()}"
         label, domain = parse_label(row["label"], where), row["domain"] or "unknown"
-        crops.append(Crop(file.parent / path, label, row["group"], domain, votes, name))
+        columns = (row.get(column, "").strip() for column in ("tumour", "scanner", "origin"))
+        crops.append(Crop(file.parent / path, label, row["group"], domain, votes, name, *columns))
     _count_outvoted(file.name, crops, notes)
     return crops
 
@@ -218,5 +227,5 @@ LAYOUTS = (
            "AtNorM-MD_expert_votes.csv, Atypical/, Normal/", 2107, 219),
     Layout("AtNorM-Br", frozenset(), atnorm, BENCHMARK, "Atypical/ and Normal/ in a folder called AtNorM-Br", 746, 128),
     Layout("plain CSV", frozenset(["path", "label", "group", "domain"]), plain, "your own",
-           "a CSV with path, label, group, domain and, if wanted, votes"),
+           "a CSV with path, label, group, domain and, if wanted, votes, tumour, scanner, origin"),
 )  # fmt: skip

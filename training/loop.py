@@ -31,12 +31,13 @@ from inference.metrics import roc_auc
 from inference.preprocess import to_batch, views
 
 from .data import Crop
-from .feed import Batch, Feed
+from .feed import Batch, Feed, loss_shares
 from .log import Log
 from .lora import freeze_statistics, lora_model, store_base_as, trainable
 from .losses import focal
 from .processes import on_main, say
 from .recipe import Recipe
+from .splits import inner_holdout
 from .state import State
 
 if TYPE_CHECKING:
@@ -47,7 +48,10 @@ VIEWS_AT_ONCE = {"efficientnet": 512, "vit": 64, "dinov3": 64}  # in a forward p
 
 @dataclass(frozen=True)
 class Run:
-    """What the folds of a run share. images: of all crops, uint8 (H, W, 3); overrides: arguments for timm, in tests."""
+    """What the folds of a run share.
+
+    images: of all crops, each uint8 (H, W, 3); workers: threads that augment ahead; overrides: arguments for timm, in tests
+    """
 
     recipe: Recipe
     folder: Path
@@ -55,6 +59,7 @@ class Run:
     images: Sequence[np.ndarray]
     base: Path | None
     accelerator: Accelerator
+    workers: int = 0
     overrides: dict[str, Any] = field(default_factory=dict)
 
     def say(self, line: str) -> None:
@@ -94,18 +99,16 @@ def fit_fold(run: Run, fold: np.ndarray, number: int) -> None:
     if finished:
         run.say(f"fold {number}: finished")
         return
-    feed = Feed(
-        recipe,
-        [run.crops[n] for n in train],
-        [run.images[n] for n in train],
-        number,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
+    watched = held_out
+    if recipe.patience:  # what chooses the epoch must not be what the fold is scored on
+        inner = inner_holdout([run.crops[n] for n in train], recipe.split, recipe.seed)
+        watched = [n for n, chooses in zip(train, inner, strict=True) if chooses]
+        train = [n for n, chooses in zip(train, inner, strict=True) if not chooses]
+    feed = feed_of(run, train, number)
     steps = math.ceil(feed.steps / recipe.accumulate) * recipe.epochs
     state = State(adapted_model(run, number), recipe, steps, accelerator, saved)
-    introduce(run, state, number, len(train), len(held_out))
-    labels, images = np.array([run.crops[n].label for n in held_out]), [run.images[n] for n in held_out]
+    introduce(run, state, feed, len(watched), len(held_out))
+    labels, images = np.array([run.crops[n].label for n in watched]), [run.images[n] for n in watched]
 
     log = Log(out, state.epoch) if accelerator.is_main_process else None
     while not state.finished:
@@ -129,7 +132,7 @@ def fit_fold(run: Run, fold: np.ndarray, number: int) -> None:
             state.save(out / "checkpoint.pt")
         accelerator.wait_for_everyone()
 
-    z = predict(state.load_result(), images, recipe, "d4", accelerator)
+    z = predict(state.load_result(), [run.images[n] for n in held_out], recipe, "d4", accelerator)
     if accelerator.is_main_process:
         store(out, state.plain, held_out, z)
     accelerator.wait_for_everyone()
@@ -146,17 +149,28 @@ def look_into(out: Path, processes: int, batch: int, crops: int) -> tuple[bool, 
     return (out / "oof.npz").exists(), saved
 
 
-def introduce(run: Run, state: State, number: int, train: int, held_out: int) -> None:
+def feed_of(run: Run, train: Sequence[int], number: int) -> Feed:
+    """Batches of the crops `train`, for this process."""
+    process, processes = run.accelerator.process_index, run.accelerator.num_processes
+    crops, images = [run.crops[n] for n in train], [run.images[n] for n in train]
+    return Feed(run.recipe, crops, images, number, process, processes, run.workers)
+
+
+def introduce(run: Run, state: State, feed: Feed, watched: int, held_out: int) -> None:
     """Say where the fold stands before its first epoch of this call."""
+    name = f"fold {feed.number}"
     if state.epoch:
-        run.say(f"fold {number} resumes after epoch {state.epoch}/{run.recipe.epochs}")
+        run.say(f"{name} resumes after epoch {state.epoch}/{run.recipe.epochs}")
         return
-    counts, world = trainable(state.plain), run.accelerator.num_processes
-    shared = f"; {world} processes share each batch" if world > 1 else ""
+    counts = trainable(state.plain)
+    choose = f", {watched} choose the epoch" if run.recipe.patience else ""
+    shared = f"; {feed.world} processes share each batch" if feed.world > 1 else ""
     run.say(
-        f"fold {number}: {train} crops train, {held_out} validate; trainable parameters: "
+        f"{name}: {len(feed.crops)} crops train{choose}, {held_out} validate; trainable parameters: "
         f"{counts['adapters']:,} in adapters, {counts['head']:,} in the head{shared}"
     )
+    for shares in loss_shares(run.recipe, feed.crops):
+        run.say(f"{name}: shares of the loss: " + ", ".join(f"{key} {value:.1%}" for key, value in shares.items()))
 
 
 def train_epoch(state: State, feed: Feed) -> float:

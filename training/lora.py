@@ -49,8 +49,11 @@ def lora_model(
 ) -> PeftModel:
     """`backbone` with LoRA of `rank` on its layer set `targets`; only adapters and head are trainable.
 
-    base: a safetensors file made by `training base`, or None for random weights. UserError where `targets` is unknown.
-    """  # fmt: skip
+    base: a safetensors file made by `training base`, or None for random weights
+    targets: a set of the backbone's table; "qv" adapts query and value of the fused qkv layer, each with `rank`, as one
+        adapter of twice the rank and the same scale (see `separate_query_and_value`)
+    UserError where `targets` is unknown.
+    """
     from peft import LoraConfig, get_peft_model
 
     row = lookup(backbone)
@@ -64,15 +67,42 @@ def lora_model(
     if base is not None:
         load_base(model, base, head)
     expected = set(adapted_layers(model, row.targets[targets]))
+    twice = targets == "qv"
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=row.targets[targets], modules_to_save=[head],
+        r=2 * rank if twice else rank,
+        lora_alpha=alpha * (2**0.5 if rslora else 2) if twice else alpha,  # over the rank, or its root: the same scale
+        lora_dropout=dropout,
+        target_modules=row.targets[targets],
+        modules_to_save=[head],
         use_rslora=rslora,
-    )  # fmt: skip
+    )
     wrapped = get_peft_model(model, config)
     found = {n.removeprefix("base_model.model.") for n, m in wrapped.named_modules() if hasattr(m, "lora_A")}
     if found != expected or not found:
         raise RuntimeError(f"PEFT adapted {sorted(found ^ expected)} beside what {targets!r} names")
+    if twice:
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                separate_query_and_value(parameter)
     return wrapped
+
+
+def separate_query_and_value(b: torch.nn.Parameter) -> None:
+    """Make one adapter of rank 2r on a fused qkv two of rank r, on q and on v: let only these parts of B train.
+
+    B (3C, 2r) begins at zero; q rows see the first r ranks, v rows the last r, k rows none. Without a gradient, AdamW
+    leaves a zero as it is, so what is saved is a plain adapter, which PEFT merges as it merges any.
+    """
+    width, rank = b.shape[0] // 3, b.shape[1] // 2
+
+    def mask(gradient: torch.Tensor) -> torch.Tensor:
+        kept = torch.zeros_like(gradient)
+        kept[:width, :rank] = gradient[:width, :rank]
+        kept[2 * width :, rank:] = gradient[2 * width :, rank:]
+        return kept
+
+    b.register_hook(mask)
+    b.trained_entries = 2 * width * rank  # type: ignore[attr-defined]
 
 
 def store_base_as(model: torch.nn.Module, dtype: torch.dtype) -> None:
@@ -91,7 +121,8 @@ def trainable(model: torch.nn.Module) -> dict[str, int]:
     counts = {"adapters": 0, "head": 0}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            counts["adapters" if "lora_" in name else "head"] += parameter.numel()
+            entries = getattr(parameter, "trained_entries", parameter.numel())
+            counts["adapters" if "lora_" in name else "head"] += entries
     return counts
 
 

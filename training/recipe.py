@@ -12,7 +12,7 @@ from inference.backbones import lookup
 from inference.errors import UserError
 from inference.preprocess import Preprocess
 
-from .augment import Augment
+from .strengths import Augment
 
 FOLDER = Path(__file__).parent / "recipes"
 
@@ -52,11 +52,14 @@ class Recipe:
     clip: float = 1.0
     drop: float = 0.0  # dropout before the head
     ema: float = 0.0  # decay per step of the averaged weights; 0 keeps the last ones
-    patience: int = 0  # epochs without a better validation AUC before a fold stops, keeping its best; 0 never
+    # epochs without a better AUC before a fold stops, keeping its best; 0 never. An eighth of the training crops judges,
+    # by whole groups, and does not train: the crops that the fold is scored on choose nothing
+    patience: int = 0
     checkpointing: bool = False
-    precision: str = "bf16"
-    # split
+    precision: str = "auto"  # fp32, bf16, fp16, or auto: what the hardware multiplies natively
+    # split: "grouped", "random", "domain" (k folds of whole domains) or "leave-one-out" (a fold per domain)
     split: str = "grouped"
+    split_by: str = "domain"  # for the last two: domain, tumour, scanner, origin, "tumour x origin", "eight-groups"
     folds: int = 3
     seed: int = 0
     augment: Augment = field(default_factory=Augment)

@@ -1,0 +1,93 @@
+"""Geometric augmentation: each crop is warped at its own resolution, then resized exactly as inference resizes it.
+
+So a crop that is not warped is what inference shows the network, whatever sizes the other crops of the batch have.
+N crops, C canvas side, S side of the network's input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from inference.preprocess import Preprocess, resize
+
+from .strengths import Augment, log_uniform, uniform
+
+MARGIN = 0.3  # of the side, on each side of the square: room for rotation, shift and magnification without padding
+CELLS = 5  # columns and rows of the grid distortion
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """pixels: uint8 (3, C, C); side: of the central square that inference sees, in pixels."""
+
+    pixels: torch.Tensor
+    side: int
+
+
+def canvases(images: Sequence[np.ndarray], crop: int | None) -> list[Canvas]:
+    """The central square of each image, uint8 (H, W, 3), with as much of its surroundings as there is, up to MARGIN.
+
+    crop: side of the square, as in `Preprocess`; None or 0 keeps the largest
+    """
+    found = []
+    for image in images:
+        height, width = image.shape[:2]
+        side = min(height, width, crop or height)
+        margin = min((min(height, width) - side) // 2, math.ceil(side * MARGIN))
+        top, left = (height - side) // 2 - margin, (width - side) // 2 - margin
+        whole = side + 2 * margin
+        found.append(Canvas(torch.tensor(image[top : top + whole, left : left + whole]).permute(2, 0, 1), side))
+    return found
+
+
+def warp(crops: Sequence[Canvas], preprocess: Preprocess, a: Augment, g: torch.Generator) -> torch.Tensor:
+    """Crops as the network's input (N, 3, S, S) in [0, 1]: flipped, turned, scaled, shifted and bent."""
+    n = len(crops)
+    angle = uniform(n, -a.rotate, a.rotate, g) / 180 * math.pi
+    flip = torch.ones(n)
+    if a.dihedral:
+        angle += torch.randint(4, (n,), generator=g) * (math.pi / 2)
+        flip = torch.randint(2, (n,), generator=g) * 2.0 - 1
+    zoom = 1 / log_uniform(n, a.scale, g)
+    zoom_x = flip * zoom / log_uniform(n, a.stretch, g)
+    cos, sin = angle.cos(), angle.sin()
+    matrix = torch.stack([cos * zoom_x, -sin * zoom, sin * zoom_x, cos * zoom], dim=1).view(n, 2, 2)
+    shift = uniform(2 * n, -a.shift, a.shift, g).view(n, 2)
+    elastic = torch.randn(n, 2, 5, 5, generator=g) * a.elastic if a.elastic else None
+    lines = grid_lines(n, a.grid, g) if a.grid else None
+    radial = uniform(n, -a.optical, a.optical, g) if a.optical else torch.zeros(n)
+    out = torch.empty(n, 3, preprocess.size, preprocess.size)
+    for k, crop in enumerate(crops):
+        axis = (2 * torch.arange(crop.side) + 1) / crop.side - 1  # pixel centres on [-1, 1]
+        x, y = (axis, axis) if lines is None else (move_lines(axis, lines[k, 0]), move_lines(axis, lines[k, 1]))
+        at = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # (side, side, 2), x first
+        at = at * (1 + radial[k] * at.square().sum(-1, keepdim=True))
+        pixels = at @ matrix[k].T * (crop.side / 2) + shift[k]  # from the centre
+        if elastic is not None:
+            field = F.interpolate(elastic[k : k + 1], (crop.side, crop.side), mode="bicubic")
+            pixels = pixels + field[0].permute(1, 2, 0)
+        grid = pixels[None] * (2 / crop.pixels.shape[-1])
+        source = crop.pixels[None].float() / 255
+        found = F.grid_sample(source, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
+        out[k] = resize(found.clamp_(0, 1), preprocess)[0]
+    return out
+
+
+def grid_lines(n: int, strength: float, g: torch.Generator) -> torch.Tensor:
+    """Where the lines of a distorted grid lie on [-1, 1]: (N, 2, CELLS + 1), columns then rows."""
+    widths = 1 + uniform(n * 2 * CELLS, -strength, strength, g).view(n, 2, CELLS)
+    ends = F.pad(widths.cumsum(-1), (1, 0))
+    return 2 * ends / ends[..., -1:] - 1
+
+
+def move_lines(axis: torch.Tensor, lines: torch.Tensor) -> torch.Tensor:
+    """Positions on [-1, 1] where a regular grid becomes one with these `lines`, linear in between."""
+    position = (axis + 1) / 2 * CELLS
+    cell = position.floor().long().clamp_(0, CELLS - 1)
+    return lines[cell] + (position - cell) * (lines[cell + 1] - lines[cell])
