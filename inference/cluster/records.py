@@ -17,7 +17,8 @@ from pyarrow import fs
 from ..answers import pages_of
 from ..errors import UserError
 from ..imageio.listing import SUFFIXES
-from ..imageio.stack import MAX_BYTES, Blob, read_stack
+from ..imageio.source import Blob
+from ..imageio.stack import MAX_BYTES, read_stack
 from .shards import Shard, one_line, resolve
 
 CHUNK = 128  # images that are read, decoded and predicted together

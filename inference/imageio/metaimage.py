@@ -1,8 +1,13 @@
 """Read MetaImage (.mha) without ITK: a text header, then pixels as they are or deflated, in the same file.
 
-What ITK's own reader would allow and a stack does not need is refused: pixels in other files (a header must not reach
-outside the input), text pixels, more than 16 bits. Nothing is allocated before the header's sizes are checked, and
-inflating stops at the size that the header promises.
+What ITK would allow and a stack does not need is refused: pixels in other files (a header must not reach outside the
+input), text pixels, more than 16 bits. Nothing is allocated before the header's sizes are checked, inflating stops at
+the size that the header promises, and pixels are converted as they come.
+
+Why not SimpleITK (2.5.7), which this was measured against and which the tests hold it equal to: it hands over a damaged
+or cut deflate stream, and a whole one without CompressedDataSize, as wrong pixels and no error; it holds the pixels of
+the whole stack twice (16 bytes a pixel for RGBA of 16 bits, where this takes none beside the answer's 3); it reads no
+file that is in memory only; importing it takes 0.2 s. A check of the stream before it would be this reader.
 Source: MetaIO's documentation, https://itk.org/Wiki/MetaIO/Documentation
 """
 
@@ -11,46 +16,98 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, BinaryIO
+from dataclasses import dataclass
+from typing import BinaryIO
 
 import numpy as np
 
 from ..errors import UserError
-
-if TYPE_CHECKING:
-    from .stack import File
+from .pixels import rgb_page
+from .source import File
 
 HEADER = 1 << 16  # bytes that a header may take; ITK writes about 300
 TYPES = {"MET_UCHAR": "u1", "MET_UCHAR_ARRAY": "u1", "MET_USHORT": "u2", "MET_USHORT_ARRAY": "u2"}
-CHUNK = 1 << 20
+CHUNK = 1 << 18  # bytes that are read or inflated at a time
 
 
-def read_metaimage(path: File, check: Callable[[int, int, int], None]) -> np.ndarray:
-    """Pages as uint8 or uint16 (N, H, W, C). UserError for all else; `check(pages, width, height)` may raise too."""
+@dataclass(frozen=True)
+class Layout:
+    """What a header says about the pixels behind it."""
+
+    pages: int
+    height: int
+    width: int
+    channels: int
+    dtype: np.dtype
+    compressed: bool
+
+    @property
+    def bytes(self) -> int:
+        return self.pages * self.height * self.width * self.channels * self.dtype.itemsize
+
+
+def read_metaimage(path: File, check: Callable[[int, int, int, int], None]) -> list[np.ndarray]:
+    """The pages, each uint8 (H, W, 3). UserError for all else; `check(0, width, height, pages)` may raise too."""
     with path.open("rb") as stream:
-        fields = _header(path, stream)
-        dtype = TYPES.get(fields.get("elementtype", ""))
-        if dtype is None:
-            found = fields.get("elementtype", "no ElementType")
-            raise UserError(
-                f"{path.name} holds {found:.40} pixels; expected MET_UCHAR or MET_USHORT; convert the stack"
-            )
-        width, height, pages, *rest = (*_numbers(path, fields, "dimsize"), 1, 1)[:6]
-        channels = _numbers(path, fields, "elementnumberofchannels", "1")[0]
-        if any(side != 1 for side in rest) or channels not in (1, 3, 4):
-            raise UserError(
-                f"{path.name} has DimSize {fields['dimsize']:.40} and {channels} channels; expected width, height and "
-                "pages, with 1, 3 or 4 channels; convert the stack"
-            )
-        check(pages, width, height)
-        shape = (pages, height, width, channels)
-        wanted = math.prod(shape) * np.dtype(dtype).itemsize
-        data = _inflate(stream, wanted) if _flag(fields, "compresseddata") else stream.read(wanted + 1)
-    if len(data) != wanted:
-        found = "more" if len(data) > wanted else f"{len(data):,} readable"
-        raise UserError(f"{path.name} holds {found} bytes of pixels; expected {wanted:,} by its header; write it again")
-    big = _flag(fields, "binarydatabyteordermsb") or _flag(fields, "elementbyteordermsb")
-    return np.frombuffer(data, np.dtype(dtype).newbyteorder(">" if big else "<")).reshape(shape)
+        layout = _layout(path, _header(path, stream))
+        check(0, layout.width, layout.height, layout.pages)
+        pixels = Pixels(path, stream, layout)
+        pages = [
+            rgb_page(layout.width, layout.height, pixels.rows, f"page {number} of {path.name}")
+            for number in range(layout.pages)
+        ]
+        pixels.end()
+    return pages
+
+
+class Pixels:
+    """The pixels of an open file, from the first to the last. UserError where they are more, fewer or damaged."""
+
+    def __init__(self, path: File, stream: BinaryIO, layout: Layout) -> None:
+        self.name, self.layout = path.name, layout
+        self.stream, self.read = stream, 0
+        self.inflater = zlib.decompressobj(47) if layout.compressed else None  # 47: zlib or gzip, as the stream says
+
+    def rows(self, top: int, bottom: int) -> np.ndarray:
+        """The next rows, as many as lie between `top` and `bottom`, (R, W, C)."""
+        shape = (bottom - top, self.layout.width, self.layout.channels)
+        wanted = math.prod(shape) * self.layout.dtype.itemsize
+        data = bytearray()
+        while len(data) < wanted:
+            block = self._next(wanted - len(data))
+            if not block:
+                raise self._wrong("0 readable" if self.inflater else f"{self.read:,} readable")
+            data += block
+        return np.frombuffer(data, self.layout.dtype).reshape(shape)
+
+    def end(self) -> None:
+        """UserError unless there are no more pixels, and a deflated stream's checksum is right."""
+        if self._next(1):
+            raise self._wrong("more")
+        if self.inflater and not self.inflater.eof:
+            raise self._wrong("0 readable")
+
+    def _next(self, most: int) -> bytes:
+        """Up to `most` bytes of pixels; none where the file, or the deflated stream, ends or is damaged."""
+        if self.inflater is None:
+            block = self.stream.read(most)
+        else:
+            block = b""
+            while not block and not self.inflater.eof:
+                packed = self.inflater.unconsumed_tail or self.stream.read(CHUNK)
+                if not packed:  # cut off
+                    break
+                try:
+                    block = self.inflater.decompress(packed, most)
+                except zlib.error:
+                    raise self._wrong("0 readable") from None
+        self.read += len(block)
+        return block
+
+    def _wrong(self, found: str) -> UserError:
+        return UserError(
+            f"{self.name} holds {found} bytes of pixels; expected {self.layout.bytes:,} by its header; write it again"
+        )
 
 
 def _header(path: File, stream: BinaryIO) -> dict[str, str]:
@@ -67,6 +124,11 @@ def _header(path: File, stream: BinaryIO) -> dict[str, str]:
         if key in fields:
             raise UserError(f"{path.name} has {key:.40} twice in its header; expected it once; write it again")
         fields[key] = value.strip()
+    return fields
+
+
+def _layout(path: File, fields: dict[str, str]) -> Layout:
+    """What the header says, checked. UserError where it is no image of one file that a stack can be."""
     source = fields["elementdatafile"]
     if source.upper() != "LOCAL":
         raise UserError(
@@ -76,9 +138,23 @@ def _header(path: File, stream: BinaryIO) -> dict[str, str]:
         raise UserError(f"{path.name} is not a binary MetaImage (ObjectType, BinaryData); expected one; write it again")
     if fields.get("headersize", "0") not in ("0", ""):
         raise UserError(f"{path.name} has HeaderSize {fields['headersize']:.40}; expected none; write it again")
-    if len(_numbers(path, fields, "dimsize")) != _numbers(path, fields, "ndims")[0]:
+    sides = _numbers(path, fields, "dimsize")
+    if len(sides) != _numbers(path, fields, "ndims")[0]:
         raise UserError(f"{path.name} has a DimSize that does not fit NDims; expected as many numbers; write it again")
-    return fields
+    kind = TYPES.get(fields.get("elementtype", ""))
+    if kind is None:
+        found = fields.get("elementtype", "no ElementType")
+        raise UserError(f"{path.name} holds {found:.40} pixels; expected MET_UCHAR or MET_USHORT; convert the stack")
+    width, height, pages, *rest = (*sides, 1, 1)[:6]
+    channels = _numbers(path, fields, "elementnumberofchannels", "1")[0]
+    if any(side != 1 for side in rest) or channels not in (1, 3, 4):
+        raise UserError(
+            f"{path.name} has DimSize {fields['dimsize']:.40} and {channels} channels; expected width, height and "
+            "pages, with 1, 3 or 4 channels; convert the stack"
+        )
+    big = _flag(fields, "binarydatabyteordermsb") or _flag(fields, "elementbyteordermsb")
+    dtype = np.dtype(kind).newbyteorder(">" if big else "<")
+    return Layout(pages, height, width, channels, dtype, _flag(fields, "compresseddata"))
 
 
 def _numbers(path: File, fields: dict[str, str], key: str, default: str = "") -> list[int]:
@@ -90,17 +166,3 @@ def _numbers(path: File, fields: dict[str, str], key: str, default: str = "") ->
 
 def _flag(fields: dict[str, str], key: str, default: str = "false") -> bool:
     return fields.get(key, default).lower() in ("true", "t", "1")
-
-
-def _inflate(stream: BinaryIO, wanted: int) -> bytes:
-    """At most `wanted` + 1 bytes of a zlib or gzip stream; none where it is cut off or damaged."""
-    inflater, data = zlib.decompressobj(47), bytearray()
-    try:
-        while len(data) <= wanted and not inflater.eof:
-            block = inflater.unconsumed_tail or stream.read(CHUNK)
-            if not block:
-                return b""  # cut off, or its checksum is
-            data += inflater.decompress(block, wanted + 1 - len(data))
-    except zlib.error:
-        return b""
-    return bytes(data)

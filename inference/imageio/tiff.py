@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 from ..errors import UserError
-
-if TYPE_CHECKING:
-    from .stack import File
+from .source import File
 
 MAX_TAGS = 1024  # of one page
 MAX_SEGMENTS = 1 << 18  # strips or tiles of all pages
+MAX_TILE = 8192  # pixels a side; a decoder makes room for all of a tile, whatever part of it the page needs
+MAX_TILED = 1 << 28  # pixels of all tiles together, those beyond the pages' edges included: they are decoded too
 UNITS = {
     1: "B",
     2: "B",
@@ -71,7 +71,7 @@ def check_tiff(path: File, check: Callable[[int, int, int], None]) -> int:
     with path.open("rb") as stream:
         offset, layout = _first(path, stream)
         seen: set[int] = set()
-        segments = tag_bytes = pixel_bytes = 0
+        segments = tag_bytes = pixel_bytes = tiled = 0
         while offset:
             page = len(seen)
             if offset in seen:
@@ -83,12 +83,17 @@ def check_tiff(path: File, check: Callable[[int, int, int], None]) -> int:
                 tags, offset, read = _directory(stream, offset, layout, size)
                 tag_bytes += read
                 check(page, *_side(tags))
-                counts = _segments(tags, size)
+                counts, area = _segments(tags, size)
             except Damaged as error:
                 raise UserError(
                     f"page {page} of {path.name} {error}; expected a whole page; write the stack again"
                 ) from None
-            segments, pixel_bytes = segments + len(counts), pixel_bytes + sum(counts)
+            segments, pixel_bytes, tiled = segments + len(counts), pixel_bytes + sum(counts), tiled + area
+            if tiled > MAX_TILED:
+                raise UserError(
+                    f"{path.name} has tiles of {tiled:,} pixels by page {page}; expected at most {MAX_TILED:,}; "
+                    "write the stack with smaller tiles, or in strips"
+                )
             if segments > MAX_SEGMENTS or tag_bytes > size or pixel_bytes > size:
                 raise UserError(
                     f"{path.name} claims {segments:,} strips, {pixel_bytes:,} bytes of pixels, {tag_bytes:,} of tags "
@@ -164,8 +169,11 @@ def _side(tags: dict[int, tuple[int, ...]]) -> tuple[int, int]:
     return _one(tags, WIDTH), _one(tags, HEIGHT)
 
 
-def _segments(tags: dict[int, tuple[int, ...]], size: int) -> tuple[int, ...]:
-    """Byte counts of a page's strips or tiles, all of which lie in the file and which are as many as its sides need."""
+def _segments(tags: dict[int, tuple[int, ...]], size: int) -> tuple[tuple[int, ...], int]:
+    """Byte counts of a page's strips or tiles, and the pixels of all its tiles.
+
+    Damaged unless all of them lie in the file and they are as many as the page's sides need.
+    """
     width, height = _side(tags)
     samples, compression, photometric = (
         _one(tags, SAMPLES, 1),
@@ -188,7 +196,7 @@ def _segments(tags: dict[int, tuple[int, ...]], size: int) -> tuple[int, ...]:
     segment = (
         (_one(tags, TILE_WIDTH), _one(tags, TILE_HEIGHT)) if tiled else (width, min(_one(tags, ROWS, height), height))
     )
-    if not (0 < segment[0] <= 2 * max(width, 4096) and 0 < segment[1] <= 2 * max(height, 4096)):
+    if not (0 < segment[0] <= MAX_TILE and 0 < segment[1] <= MAX_TILE):
         raise Damaged(f"has strips or tiles of {segment[0]} x {segment[1]} pixels")
     across, down = -(-width // segment[0]), -(-height // segment[1])
     offsets, counts = tags.get(OFFSETS[tiled], ()), tags.get(COUNTS[tiled], ())
@@ -202,4 +210,4 @@ def _segments(tags: dict[int, tuple[int, ...]], size: int) -> tuple[int, ...]:
             rows = segment[1] if tiled else min(segment[1], height - number % down * segment[1])
             if count < row * rows:
                 raise Damaged(f"has {count:,} bytes in a strip or tile of {row * rows:,}")
-    return counts
+    return counts, tiled * across * down * segment[0] * segment[1]

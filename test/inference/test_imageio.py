@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,8 +15,9 @@ from PIL import Image
 
 from inference.errors import UserError
 from inference.imageio import stack as stack_module
-from inference.imageio.stack import from_array, read_stack
-from test.support.image_files import bad_files, good_files, grey_page, metaimage, stack, tiff, with_pillow
+from inference.imageio.pixels import from_array
+from inference.imageio.stack import read_stack
+from test.support.image_files import bad_files, good_files, metaimage, stack, with_pillow
 
 GOOD, BAD = good_files(), bad_files()
 
@@ -164,47 +163,3 @@ def test_the_bounds_on_pages_and_pixels(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(stack_module, "MAX_PIXELS", stack()[..., 0].size - 1)
     with pytest.raises(UserError, match="pixels"):
         read(tmp_path, "x.tiff", content)
-
-
-LIMITED = """
-import resource, sys
-from pathlib import Path
-import numpy, PIL.Image, PIL.TiffImagePlugin
-from inference.errors import UserError
-from inference.imageio.stack import read_stack
-resource.setrlimit(resource.RLIMIT_CPU, (20, 20))
-try:
-    pages = read_stack(Path(sys.argv[1]))
-    print(len(pages), "pages", end=" ")
-except UserError as error:
-    print(error, end=" ")
-status = Path("/proc/self/status").read_text()
-print("peak", int(status.split("VmHWM:")[1].split()[0]) // 1024)  # of this program, not of the one that forked it
-"""
-
-
-def limited(file: Path) -> tuple[str, int]:
-    """What reading `file` in a process of its own says, and the peak of its memory in MiB."""
-    done = subprocess.run([sys.executable, "-c", LIMITED, file], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stderr == ""
-    said, peak = done.stdout.rsplit("peak", 1)
-    return said, int(peak)
-
-
-def test_memory_stays_within_what_the_largest_stack_takes(tmp_path: Path) -> None:
-    """Small files that promise much cost nothing; a real large page costs its pixels a few times."""
-    import zlib
-
-    row = zlib.compress(bytes(8192 * 8192), 1)
-    page = {**grey_page(8192, 8192, t259=8, count=len(row))}
-    bomb = zlib.compress(bytes(1 << 28), 1)
-    wide = {**grey_page(64, 64, t259=8, count=len(bomb))}  # inflates to 65,536 times what the page holds
-    header = metaimage(stack()[:0], 3, NDims=3, DimSize="64 64 1", CompressedData=True)
-    files = {"large.tiff": tiff([page], data=row), "bomb.tiff": tiff([wide], data=bomb), "bomb.mha": header + bomb}
-    peaks = {}
-    for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
-        said, peaks[name] = limited(tmp_path / name)
-        assert ("pages" in said) == (name != "bomb.mha")
-    assert peaks["bomb.mha"] < 150 and peaks["bomb.tiff"] < 150
-    assert peaks["large.tiff"] < 150 + 10 * 64  # bytes a pixel: Pillow keeps four, and RGB is copied twice

@@ -181,6 +181,13 @@ def grey_page(width: int = 4, height: int = 4, offset: int = 8, count: int | Non
     return {tag: (4, 1, value) for tag, value in values.items()}
 
 
+def tile_page(side: int) -> dict:
+    """Tags of a page of four pixels in one deflated tile of `side` x `side` pixels."""
+    page = {tag: value for tag, value in grey_page(2, 2).items() if tag not in (273, 278, 279)}
+    more = {259: 8, 322: side, 323: side, 324: 8, 325: 16}
+    return page | {tag: (4, 1, value) for tag, value in more.items()}
+
+
 def bad_files() -> dict[str, tuple[bytes, str]]:
     """Name to (content, part of the error that it must end in)."""
     rgb = stack()
@@ -210,6 +217,8 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
         "self-loop.tiff": (tiff([grey_page()], [0], one), "back to a page before"),
         "million-pages.tiff": (million_pages(), "more than 4096 pages"),
         "huge-side.tiff": (tiff([grey_page(100_000, 100_000)], data=one), "100000 x 100000 pixels"),
+        "huge-tile.tiff": (tiff([tile_page(8208)], data=one), "tiles of 8208 x 8208 pixels"),
+        "large-tiles.tiff": (tiff([tile_page(8192)] * 5, data=one * 8), "has tiles of"),
         "no-side.tiff": (tiff([grey_page(0, 0)], data=one), "0 x 0 pixels"),
         "many-large-pages.tiff": (tiff([grey_page(8192, 8192, t259=8, count=16)] * 5, data=one), "pixels"),
         "strip-outside.tiff": (tiff([grey_page(offset=1 << 30)], data=one), "pixels outside the file"),
