@@ -36,16 +36,19 @@ def number(name: str, value: Any) -> float:
     return found
 
 
-def ring(corners: Any) -> np.ndarray:
-    """The corners (N, 2) of a closed ring, the first one not repeated. UserError where it crosses itself."""
+def ring(corners: Any, figure: bool = True) -> np.ndarray:
+    """The corners (N, 2) of a closed ring, the first one not repeated. UserError where it crosses itself.
+
+    figure: of a mitotic figure; a region may have any number of corners, and is checked up to CORNERS of them
+    """
     if not isinstance(corners, list) or len(corners) < 3:
         raise UserError("its polygon has fewer than 3 corners; expected an outline")
-    if len(corners) > CORNERS:
+    if figure and len(corners) > CORNERS:
         raise UserError(f"its polygon has {len(corners):,} corners; expected the outline of one mitotic figure")
     found = np.array([point(corner) for corner in corners])
     if len(found) > 3 and (found[0] == found[-1]).all():
         found = found[:-1]
-    if crosses_itself(found):
+    if len(found) <= CORNERS and crosses_itself(found):
         raise UserError("its polygon crosses itself; expected an outline with an inside")
     return found
 
@@ -75,13 +78,15 @@ def area_and_centre(corners: np.ndarray) -> tuple[float, np.ndarray]:
     return abs(area), origin + ((p + q) * cross[:, None]).sum(0) / (6 * area)
 
 
-def polygons(geometry: dict[str, Any]) -> list[list[np.ndarray]]:
+def polygons(geometry: dict[str, Any], figure: bool = True) -> list[list[np.ndarray]]:
     """The rings of each polygon of a Polygon or MultiPolygon, the outer one first."""
+    if not isinstance(geometry, dict) or geometry.get("type") not in ("Polygon", "MultiPolygon"):
+        raise UserError("it has no outline; expected a Polygon or MultiPolygon")
     several = geometry.get("coordinates")
     several = [several] if geometry["type"] == "Polygon" else several
     if not isinstance(several, list) or not several or not all(isinstance(one, list) and one for one in several):
         raise UserError(f"its {geometry['type']} has no corners; expected an outline")
-    return [[ring(corners) for corners in one] for one in several]
+    return [[ring(corners, figure) for corners in one] for one in several]
 
 
 def centre(geometry: Any) -> tuple[float, float]:
@@ -117,13 +122,13 @@ def signed(rings: Sequence[np.ndarray]) -> list[tuple[int, np.ndarray]]:
 
 def area(geometry: dict[str, Any]) -> float:
     """Square pixels of a Polygon or MultiPolygon of any size, holes left out."""
-    return sum(sign * area_and_centre(one)[0] for rings in polygons(geometry) for sign, one in signed(rings))
+    return sum(sign * area_and_centre(one)[0] for rings in polygons(geometry, False) for sign, one in signed(rings))
 
 
 def inside(geometry: dict[str, Any], x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Which of the points x, y (N,) lie in a Polygon or MultiPolygon: an odd number of edges to their right."""
     odd = np.zeros(len(x), bool)
-    for corners in (one for rings in polygons(geometry) for one in rings):
+    for corners in (one for rings in polygons(geometry, False) for one in rings):
         for (ax, ay), (bx, by) in zip(corners, np.roll(corners, -1, 0), strict=True):
             between = (ay > y) != (by > y)
             with np.errstate(divide="ignore", invalid="ignore"):

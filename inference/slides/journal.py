@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..errors import UserError
 
-Answered = tuple[float, tuple[float, ...]]  # P(atypical) and that of each fold
+Answered = tuple[float, tuple[float, ...], tuple[float, ...]]  # P(atypical), that of each fold and of each member
 
 
 def key(*what: object) -> str:
@@ -33,24 +33,24 @@ class Journal:
             fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.stream.close()
-            raise UserError(
-                f"another run writes to {file}; expected one at a time; wait, or name another file"
-            ) from None
+            raise UserError(f"another run writes to {file}; expected one at a time; wait for it") from None
         except OSError:
             pass  # a file system without locks
         self.stream.seek(0)
         end = 0
         for line in self.stream:
             try:
-                name, p, *folds = json.loads(line) if line.endswith(b"\n") else ()
-                self.known[name] = float(p), tuple(map(float, folds))
+                if not line.endswith(b"\n"):
+                    break
+                name, p, folds, members = json.loads(line)
+                self.known[str(name)] = float(p), tuple(map(float, folds)), tuple(map(float, members))
             except (ValueError, TypeError):
                 break  # a run that was stopped, or a full disk: from here on nothing counts
             end += len(line)
         self.stream.truncate(end)
 
     def add(self, answers: Iterable[tuple[str, Answered]]) -> None:
-        lines = [json.dumps([name, p, *folds]) + "\n" for name, (p, folds) in answers]
+        lines = [json.dumps([name, *answer]) + "\n" for name, answer in answers]
         self.stream.write("".join(lines).encode())
         self.stream.flush()
 
@@ -66,8 +66,6 @@ def journal(output: Path) -> Iterator[Journal]:
     try:
         opened = Journal(file)
     except OSError as error:
-        raise UserError(
-            f"{file} cannot be written ({error.strerror}); expected a writable folder; name another"
-        ) from None
+        raise UserError(f"{file} cannot be written ({error.strerror}); expected a writable folder") from None
     with opened.stream:
         yield opened

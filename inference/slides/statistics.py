@@ -61,8 +61,10 @@ def hot_spot(x: np.ndarray, y: np.ndarray, mpp: tuple[float, float]) -> HotSpot 
         top = int(counts.argmax())
         if counts[top] > best[0]:
             best = int(counts[top]), float(xs[first]), float(some[top])
-    count, left, top_ = best
-    return HotSpot(left + width / 2, top_ + height / 2, count)
+    count, left, upper = best
+    chosen = (xs >= left) & (xs <= left + width) & (ys >= upper) & (ys <= upper + height)
+    middle = [float(axis[chosen].min() + axis[chosen].max()) / 2 for axis in (xs, ys)]  # the window around its figures
+    return HotSpot(middle[0], middle[1], count)
 
 
 @dataclass(frozen=True)

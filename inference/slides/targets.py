@@ -68,9 +68,7 @@ def collect(
     if not found.total:
         kinds = ", ".join(f"{name or 'no class'} ({count:,})" for name, count in found.classes.most_common(10))
         asked = f" of class {' or '.join(classes)}" if classes else ""
-        raise UserError(
-            f"no detections{asked} in {', '.join(map(str, files))}; found: {kinds or 'nothing'}; check them"
-        )
+        raise UserError(f"no detections{asked} in {', '.join(map(str, files))}; found {kinds or 'none'}; check them")
     return found
 
 
@@ -123,10 +121,10 @@ def slide_of(file: Path, named: str, slide: Path | None, folder: Path | None) ->
 def only_one(place: Path, stem: str) -> Path:
     """The file in `place` that is called `stem` and whatever suffix a slide has."""
     try:
-        some = [one for one in sorted(place.iterdir()) if one.stem == stem and one.suffix.lower() not in NOT_SLIDES]
+        some = [one for one in sorted(place.iterdir()) if stem in (one.stem, one.name)]
     except OSError as error:
         raise UserError(f"{place} cannot be read ({error.strerror}); expected a folder of slides") from None
-    files: Iterable[Path] = [one for one in some if one.is_file()]
+    files: Iterable[Path] = [one for one in some if one.suffix.lower() not in NOT_SLIDES and one.is_file()]
     match list(files):
         case [one]:
             return one
