@@ -18,6 +18,7 @@ COMMANDS = {
     "job": Command("inference.job", "answer the stack in /input with a JSON file in /output, as the platform asks"),
     "score": Command("inference.scoring.command", "P(atypical) of any crops, as a CSV file and as a page to look at"),
     "crops": Command("inference.slides.command", "cut crops from whole slides, one PNG file for each detection"),
+    "slides": Command("inference.slides.classify", "classify detections on whole slides, from QuPath and for QuPath"),
     "serve": Command("inference.serve", "keep the ensemble loaded and answer tasks over HTTP"),
     "doctor": Command("inference.doctor", "check this machine and an ensemble; each problem comes with its fix"),
 }

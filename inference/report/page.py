@@ -53,7 +53,7 @@ def picture(crop: np.ndarray) -> Picture:
 def write_report(
     rows: Sequence[Answer], crops: Iterable[np.ndarray | Picture], manifest: Manifest | None, file: Path, *,
     title: str = "", threshold: float | None = None, settings: dict[str, str] | None = None,
-    attributions: Sequence[Attribution | None] | None = None,
+    attributions: Sequence[Attribution | None] | None = None, overview: str = "",
 ) -> Path:  # fmt: skip
     """Write the report of `rows` to `file`, whole or not at all.
 
@@ -61,6 +61,7 @@ def write_report(
     manifest: of the ensemble that answered, or None where it is not at hand; then `threshold` is needed
     title: of the page, such as the folder's name; settings: further lines for the card ("device": "cpu")
     attributions: one for each row or None, from `inference.report.attribution`
+    overview: HTML of a section above the crops; elements with data-crop="N" in it open the N-th of them
     """
     if not rows:
         raise UserError("the report has no crops; expected one or more; check the input")
@@ -94,6 +95,7 @@ def write_report(
         "SUMMARY": escape(
             "; ".join(f"{m.backbone}, {len(m.folds)} folds" for m in manifest.members) if manifest else ""
         ),
+        "OVERVIEW": overview,
         "FIGURES": as_script(figures),
         "IMAGES": as_script(images),
         "SCRIPT": read("charts.js") + read("report.js"),

@@ -295,6 +295,16 @@ detail.addEventListener("keydown", (event) => {
 detail.addEventListener("click", (event) => { if (event.target === detail) detail.close(); });
 detail.addEventListener("close", () => moveTo(state.active));
 
+// ---- crops that the overview points to ----
+
+function openCrop(i) {
+  if (!state.order.includes(i)) show({ show: "all", domain: -1, name: "" });
+  openDetail(state.order.indexOf(i));
+}
+for (const link of document.querySelectorAll("[data-crop]")) {
+  link.addEventListener("click", (event) => { event.preventDefault(); openCrop(Number(link.dataset.crop)); });
+}
+
 // ---- on paper: the first crops of the selection, in the page's flow ----
 
 const PRINTED = 150;

@@ -26,16 +26,16 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from ..exits import INCOMPLETE, INTERRUPTED
-from ..files import write_whole
+from ..files import read_json, write_whole
 from ..progress import Progress
 from .detections import REQUIRED, Detection, read_detections
-from .pyramid import PLAUSIBLE, Level, choose_level, open_slide, read_crop
+from .pyramid import PLAUSIBLE
+from .reader import Slide, identity
 
 if TYPE_CHECKING:
-    from openslide import OpenSlide
+    from PIL import Image
 
 TABLE, SETTINGS = "crops.csv", "crops.json"
-CHUNK = 256  # detections that are handed to the threads at once: a run that is stopped stops soon
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -58,33 +58,56 @@ def check(options: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {value:g}; expected {PLAUSIBLE[0]} to {PLAUSIBLE[1]} µm/px")
 
 
+def require_openslide() -> None:
+    """UserError where slides cannot be read at all."""
+    try:
+        import openslide  # noqa: F401
+    except (ImportError, OSError) as error:
+        raise UserError(
+            f"OpenSlide is not installed ({error}); expected what requirements/slides.txt lists; run "
+            "./build.sh --engine native --requirements requirements/slides.txt"
+        ) from None
+
+
 @contextmanager
-def claimed(output: Path, settings: dict[str, object]) -> Iterator[None]:
-    """Hold the folder for this run alone, and for these settings: crops of others would be taken for finished."""
-    file = output / SETTINGS
+def claimed(output: Path, settings: dict[str, object]) -> Iterator[dict[str, str]]:
+    """Hold the folder for this run alone, and for these settings: crops of others would be taken for finished.
+
+    Yields what each slide was known by when crops were first cut of it (see `reader.identity`), by its name.
+    """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        stream = file.open("a+", encoding="utf-8")
+        handle = os.open(output, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         raise UserError(f"{output} cannot be written ({error.strerror}); expected a folder; name another") from None
-    with stream:
+    try:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another run writes to {output}; expected one at a time; wait, or name another") from None
         except OSError:
             pass  # a file system without locks
-        stream.seek(0)
-        text = stream.read()
-        found = json.loads(text) if text else settings
+        yield known_files(output, settings)
+    finally:
+        os.close(handle)
+
+
+def known_files(output: Path, settings: dict[str, object]) -> dict[str, str]:
+    """The slides that crops in `output` come from. UserError where they were cut with other settings, or who knows."""
+    file, files = output / SETTINGS, {}
+    try:
+        found = read_json(file, "name another folder", limit=1 << 30)
+        if not isinstance(found, dict) or set(found) != {*settings, "files"} or not isinstance(found["files"], dict):
+            raise UserError(f"{file} holds {found!r:.80}; expected how its crops were cut; name another folder")
+        files = found.pop("files")
         if found["slide_mpp"] is None:  # then nothing was cut from the slides that it is for
             found["slide_mpp"] = settings["slide_mpp"]
         if found != settings:
             raise UserError(f"{output} holds crops of {found}; expected {settings}; name another folder")
-        stream.truncate(0)
-        stream.write(json.dumps(settings, ensure_ascii=False))
-        stream.flush()
-        yield
+    except FileNotFoundError:
+        if any(output.rglob("*.png")):
+            raise UserError(f"{output} holds PNG files but no {SETTINGS}; expected both; name another folder") from None
+    return files
 
 
 def is_there(file: Path) -> bool:
@@ -99,6 +122,8 @@ class Run:
     """Cuts slide after slide. An OSError means that the output cannot be written, and ends the run."""
 
     options: argparse.Namespace
+    settings: dict[str, object]
+    files: dict[str, str]  # what each slide is known by
     progress: Progress
     pool: ThreadPoolExecutor
     done: set[Detection] = field(default_factory=set)
@@ -111,46 +136,37 @@ class Run:
         self.progress.clear()
         print(f"not cut: {' '.join(what.split())}", file=sys.stderr, flush=True)
 
-    def attempt(self, slide: OpenSlide, level: Level, detection: Detection) -> Exception | None:
-        """Cut one, in any thread; returns why it could not be read."""
-        from openslide import OpenSlideError
-
+    def keep(self, missing: Sequence[Detection], n: int, crop: Image.Image) -> None:
+        """Write the n-th crop, in any thread."""
         data = io.BytesIO()
-        try:
-            read_crop(slide, level, detection.x, detection.y, self.options.side).save(data, "PNG")
-        except (UserError, OpenSlideError) as error:
-            return error
-        file = self.options.output / detection.path
+        crop.save(data, "PNG")
+        file = self.options.output / missing[n].path
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, data.getvalue())
-        return None
 
-    def cut(self, file: Path, detections: Sequence[Detection]) -> None:
+    def cut(self, name: str, file: Path, detections: Sequence[Detection]) -> None:
         """All crops of one slide that are not there yet. UserError where the slide cannot be read."""
+        if self.files.setdefault(name, identity(file)) != identity(file):
+            raise UserError("it changed since crops of it were cut; expected the same slide; name another folder")
+        write_whole(
+            self.options.output / SETTINGS, json.dumps(self.settings | {"files": self.files}, ensure_ascii=False)
+        )
         missing = [detection for detection in detections if not is_there(self.options.output / detection.path)]
         self.done.update(set(detections).difference(missing))
         if not missing:
             return
-        # never closed by hand: a slide goes with its last reader, and closing it under a thread crashes the process
-        slide = open_slide(file)
-        level = choose_level(slide, self.options.mpp, self.options.slide_mpp)
-        if min(level.scale) < 1:
-            self.coarse.append(f"{missing[0].slide} (by {1 / min(level.scale):.3g})")
-        for start in range(0, len(missing), CHUNK):
-            some, broken = missing[start : start + CHUNK], False
-            errors = self.pool.map(partial(self.attempt, slide, level), some)
-            for detection, error in zip(some, errors, strict=True):
-                if error and not isinstance(error, UserError):
-                    # after one damaged tile an open slide fails for good, for crops elsewhere too
-                    broken, error = True, self.attempt(open_slide(file), level, detection)
-                if error:
-                    self.complain(f"{detection.slide} at {detection.where}: {error}", [detection])
-                else:
-                    self.done.add(detection)
-                    self.new += 1
-                self.progress.show(len(self.done) + len(self.failed), self.new + len(self.failed), self.new)
-            if broken:
-                slide = open_slide(file)
+        slide = Slide(file, self.options.mpp, self.options.slide_mpp)
+        if min(slide.level.scale) < 1:
+            self.coarse.append(f"{name} (by {1 / min(slide.level.scale):.3g})")
+        places = [(detection.x, detection.y) for detection in missing]
+        errors = slide.each(places, self.options.side, partial(self.keep, missing), self.pool)
+        for detection, error in zip(missing, errors, strict=True):
+            if error:
+                self.complain(f"{detection.slide} at {detection.where}: {error}", [detection])
+            else:
+                self.done.add(detection)
+                self.new += 1
+            self.progress.show(len(self.done) + len(self.failed), self.new + len(self.failed), self.new)
 
     def write_table(self, detections: Sequence[Detection], others: Sequence[str]) -> Path:
         text, file = io.StringIO(newline=""), self.options.output / TABLE
@@ -164,11 +180,7 @@ class Run:
 def run(options: argparse.Namespace) -> int:
     """Exit code; UserError where nothing can be done."""
     check(options)
-    try:
-        import openslide  # noqa: F401
-    except (ImportError, OSError) as error:
-        raise UserError(f"OpenSlide is not installed ({error}); expected what requirements/slides.txt lists; run "
-                        "./build.sh --engine native --requirements requirements/slides.txt") from None  # fmt: skip
+    require_openslide()
     start = time.perf_counter()
     rows, others, problems = read_detections(options.table)
     detections = list(dict.fromkeys(rows))
@@ -182,14 +194,14 @@ def run(options: argparse.Namespace) -> int:
         "slide_mpp": options.slide_mpp,
         "slides": str(folder.resolve()),
     }
-    with claimed(options.output, settings), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        cutting = Run(options, Progress(len(detections), "detections"), pool)
+    with claimed(options.output, settings) as files, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        cutting = Run(options, settings, files, Progress(len(detections), "detections"), pool)
         for problem in problems:
             cutting.complain(problem)
         try:
             for name, some in slides.items():
                 try:
-                    cutting.cut(folder / name, some)
+                    cutting.cut(name, folder / name, some)
                 except UserError as error:
                     rest = set(some) - cutting.done - cutting.failed
                     cutting.complain(f"{name} ({len(rest):,} detection{'s' * (len(rest) > 1)}): {error}", rest)

@@ -16,11 +16,13 @@ from ..errors import UserError
 from ..imageio.stack import MAX_SIDE
 
 if TYPE_CHECKING:
-    from openslide import OpenSlide
+    from openslide import ImageSlide, OpenSlide
     from PIL import Image
 
 # AMi-Br's crops are the scanners' own pixels, 0.23 um/px (Hamamatsu) to 0.25 (Aperio; Aubreville et al. 2023, table 1)
 NEAR = 0.1  # so a level that is no further from the wanted um/px, as a share of it, is taken as it is
+CONVERT = (".czi", ".vsi", ".ets", ".lif", ".isyntax")  # what scanners write and OpenSlide does not read
+CONVERT_BY = "convert it with bfconvert (Bio-Formats) or QuPath to a tiled OME-TIFF"
 PLAUSIBLE = 0.05, 5.0  # um/px of a slide; 72 dpi, which many programs write without a thought, would be 353
 
 
@@ -31,22 +33,38 @@ class Level:
     number: int
     downsample: float
     scale: tuple[float, float]  # (1, 1): taken as it is
+    mpp: tuple[float, float]  # of level 0, um/px in x and y
 
 
-def open_slide(file: Path) -> OpenSlide:
-    from openslide import OpenSlide, OpenSlideError
+def open_slide(file: Path) -> OpenSlide | ImageSlide:
+    """A slide in one of OpenSlide's formats, or a flat image (PNG, JPEG, TIFF) as a slide of one level."""
+    from openslide import ImageSlide, OpenSlide, OpenSlideError, OpenSlideUnsupportedFormatError
+    from PIL import Image
 
     try:
         with file.open("rb"):  # OpenSlide has one message for every reason
-            return OpenSlide(file)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot be opened ({reason}); expected a slide; check the path") from None
+            try:
+                return OpenSlide(file)
+            except OpenSlideUnsupportedFormatError:
+                with Image.open(file, formats=("PNG", "JPEG", "TIFF")) as image:
+                    return ImageSlide(image.convert("RGB"))  # all of it in memory: 3 bytes a pixel
+    except Image.DecompressionBombError:
+        raise UserError("is a flat image of too many pixels; expected a tiled, pyramidal one; convert it") from None
     except OpenSlideError as error:
         raise UserError(f"cannot be read by OpenSlide ({error}); expected a slide in one of its formats") from None
+    except (OSError, ValueError, SyntaxError) as error:  # PIL has all three for a damaged file
+        raise UserError(cannot_open(file, getattr(error, "strerror", None))) from None
 
 
-def choose_level(slide: OpenSlide, mpp: float, fallback: float | None) -> Level:
+def cannot_open(file: Path, reason: str | None) -> str:
+    if reason is not None or "\0" in str(file):
+        return f"cannot be opened ({reason or 'embedded null byte'}); expected a slide; check the path"
+    if file.suffix.lower() in CONVERT:
+        return f"is {file.suffix[1:].upper()}, which OpenSlide cannot read; expected another format; {CONVERT_BY}"
+    return "cannot be read by OpenSlide (no format that it knows); expected a slide in one of its formats"
+
+
+def choose_level(slide: OpenSlide | ImageSlide, mpp: float, fallback: float | None) -> Level:
     """The coarsest level that has the detail of `mpp` um/px. fallback: um/px of level 0 where it states none."""
     try:
         x, y = (float(slide.properties[f"openslide.mpp-{axis}"]) for axis in "xy")
@@ -61,10 +79,11 @@ def choose_level(slide: OpenSlide, mpp: float, fallback: float | None) -> Level:
     number = max(fine, default=0)
     factor = slide.level_downsamples[number]
     scale = mpp / (x * factor), mpp / (y * factor)
-    return Level(number, factor, (1.0, 1.0) if all(abs(1 / share - 1) <= NEAR for share in scale) else scale)
+    near = all(abs(1 / share - 1) <= NEAR for share in scale)
+    return Level(number, factor, (1.0, 1.0) if near else scale, (x, y))
 
 
-def read_crop(slide: OpenSlide, level: Level, x: float, y: float, side: int) -> Image.Image:
+def read_crop(slide: OpenSlide | ImageSlide, level: Level, x: float, y: float, side: int) -> Image.Image:
     """RGB crop of side x side pixels around (x, y). UserError where that lies outside the slide."""
     from PIL import Image
 

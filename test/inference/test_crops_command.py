@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import fcntl
+import os
 import signal
 import subprocess
 import sys
@@ -110,7 +111,7 @@ def test_a_damaged_tile_costs_only_its_own_crops(drawn, tmp_path, capsys) -> Non
     places = [(x, y) for y in range(100, 1000, 60) for x in range(100, 1300, 60)]
     assert run(tmp_path, detections("s.tif", places)) == 3
     whole = [(x, y) for x, y in places if x - 64 >= 256 or y - 64 >= 256]
-    assert 0 < len(whole) < len(places) > slides.CHUNK
+    assert 0 < len(whole) < len(places)
     assert [(int(row["x"]), int(row["y"])) for row in rows_of(tmp_path)] == whole
     assert capsys.readouterr().err.count("not cut: ") == len(places) - len(whole)
     for x, y in whole[::40]:
@@ -139,10 +140,51 @@ def test_a_rerun_cuts_only_what_is_missing(slide, tmp_path, capsys) -> None:
 
 def test_one_run_at_a_time_writes_to_a_folder(slide, tmp_path) -> None:
     assert run(tmp_path, detections(slide)) == 0
-    with (tmp_path / "crops" / slides.SETTINGS).open() as held:
+    held = os.open(tmp_path / "crops", os.O_RDONLY)
+    try:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another run writes to"):
             run(tmp_path, detections(slide))
+    finally:
+        os.close(held)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"side": 128}', "null"])
+def test_a_folder_whose_settings_are_damaged_is_refused_as_it_is(content, slide, tmp_path) -> None:
+    """A full disk, or a computer that lost its power: nobody knows how these crops were cut."""
+    assert run(tmp_path, detections(slide)) == 0
+    (tmp_path / "crops" / slides.SETTINGS).write_text(content)
+    for option in (["--mpp", 0.5], []):
+        with pytest.raises(UserError, match=r"crops\.json .*; name another folder"):
+            run(tmp_path, detections(slide), *option)
+    (tmp_path / "crops" / slides.SETTINGS).unlink()
+    with pytest.raises(UserError, match=r"holds PNG files but no crops\.json"):
+        run(tmp_path, detections(slide))
+
+
+def test_a_full_disk_keeps_the_settings_of_the_crops_that_are_there(slide, tmp_path) -> None:
+    assert run(tmp_path, detections(slide)) == 0
+    settings = tmp_path / "crops" / slides.SETTINGS
+    before = settings.read_bytes()
+    program = (
+        "import resource, sys; from inference.__main__ import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (8, 8)); sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", program, "crops", str(tmp_path / "found.csv"), "--output", str(tmp_path / "crops")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "cannot write" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert settings.read_bytes() == before
+    with pytest.raises(UserError, match="holds crops of"):
+        run(tmp_path, detections(slide), "--mpp", 0.5)
+
+
+def test_crops_of_a_slide_that_was_replaced_are_not_taken_for_the_new_ones(drawn, tmp_path, capsys) -> None:
+    write_slide(tmp_path / "s.tif", [drawn])
+    assert run(tmp_path, detections("s.tif")) == 0
+    write_slide(tmp_path / "s.tif", [np.ascontiguousarray(drawn[::-1])])
+    with pytest.raises(UserError, match="none of the 3 detections"):
+        run(tmp_path, detections("s.tif"))
+    assert "it changed since crops of it were cut" in capsys.readouterr().err
 
 
 def test_a_killed_run_leaves_whole_crops_and_goes_on(slide, drawn, tmp_path) -> None:

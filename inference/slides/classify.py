@@ -1,0 +1,207 @@
+"""`python -m inference slides DETECTIONS...`: from detections on a slide to their classes on the slide.
+
+Reads what QuPath and other programs write, scores a crop around each object, and writes GeoJSON for QuPath, tables and
+a report. Crops are never written. A run that is stopped is resumed by the same command.
+
+Exit code 0 when every object was scored, 1 when nothing could be done, 3 when some could not: each is named on stderr
+with the reason, and all others are in the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from pathlib import Path
+
+from .. import __version__
+from ..commandline import add_ensemble_options
+from ..errors import UserError
+from ..exits import INCOMPLETE, INTERRUPTED
+from ..manifest import Manifest, default_ensemble, load_manifest
+from ..progress import Progress
+from ..report.page import write_report
+from . import outputs, statistics
+from .command import check, require_openslide
+from .journal import Journal, journal
+from .overview import overview
+from .qupath import MARK
+from .scoring import Cutting, Scored, score_slide
+from .statistics import Summary
+from .targets import Collected, collect
+
+RESULTS = ("output", "csv", "summary", "report")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("detections", nargs="+", type=Path, metavar="DETECTIONS", help="QuPath GeoJSON, and what docs/qupath.md lists")
+    add("--slide", type=Path, metavar="FILE", help="the slide of all detections")
+    add("--slides", type=Path, metavar="FOLDER", help="where slides lie: as DETECTIONS names them, or called as it is")
+    add("--output", type=Path, metavar="FILE.geojson", help="for QuPath; a folder where there are several slides")
+    add("--csv", type=Path, metavar="FILE", help="one row an object")
+    add("--summary", type=Path, metavar="FILE.csv", help="one row a slide: counts, share, density, hot spots")
+    add("--report", type=Path, metavar="FILE.html", help="one page with slides and crops")
+    add("--class", action="append", default=[], dest="classes", metavar="NAME", help="only objects of this class")
+    add("--region", metavar="NAME", help="class of outlines whose area the density is for, such as Tumor")
+    add("--origin", choices=("scan", "slide"), help="what x and y count from: the scanned area (QuPath), or the slide")
+    add("--side", type=int, default=128, help="of a crop, in pixels (default 128)")
+    add("--mpp", type=float, default=0.25, help="µm/px of a crop (default 0.25)")
+    add("--slide-mpp", type=float, metavar="MPP", help="µm/px of level 0 of slides that do not state it")
+    add_ensemble_options(parser)
+
+
+class Run:
+    """One run: what was scored of each slide, and how many objects were not."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.cutting = Cutting(options.side, options.mpp, options.slide_mpp, options.origin)
+        self.progress = Progress(1, "detections")
+        self.failed: set[str] = set()
+        self.done = self.new = 0
+        self.results: list[Scored] = []
+        self.summaries: list[Summary] = []
+
+    def complain(self, name: str, reason: str) -> None:
+        self.failed.add(name)
+        self.say(f"{name}: {reason}")
+
+    def say(self, line: str) -> None:
+        self.progress.clear()
+        print(f"not scored: {' '.join(line.split())}", file=sys.stderr, flush=True)
+
+    def score(self, found: Collected, kept: Journal) -> None:
+        """All slides, one after another."""
+        from ..ensemble import Ensemble
+
+        ensemble = Ensemble.load(self.options.weights, self.options.device, self.options.precision)
+        self.settings = {"device": ensemble.device_name, "precision": ensemble.precision}
+        self.progress = Progress(found.total, "detections")
+
+        def tick(done: int, new: int) -> None:
+            self.progress.show(self.done + done, self.new + new, self.new + new)
+
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for file, targets in found.slides.items():
+                try:
+                    self.results.append(
+                        score_slide(
+                            file, targets, self.cutting, ensemble, kept, pool, self.complain, tick,
+                            self.options.report is not None,
+                        )
+                    )  # fmt: skip
+                    self.new += self.results[-1].new
+                except UserError as error:
+                    rest = [target.name for target in targets if target.name not in self.failed]
+                    self.failed.update(rest)
+                    self.say(f"{file} ({len(rest):,} detection{'s' * (len(rest) > 1)}): {error}")
+                self.done += len(targets)
+        self.progress.clear()
+
+    def write(self, found: Collected, manifest: Manifest) -> None:
+        """All results that were asked for. OSError where one cannot be written."""
+        options = self.options
+        results = [one for one in self.results if one.targets]
+        if not results:
+            raise UserError(f"none of {found.total:,} detections could be scored; each is named above")
+        for one in results:
+            failed = sum(target.name in self.failed for target in found.slides[one.file])
+            regions = found.regions.get(one.file, [])
+            self.summaries.append(outputs.summarise(one, failed, regions, options.origin, manifest, self.complain))
+        if options.output:
+            for one in results:
+                file = outputs.write_geojson(options.output, one, options.origin, manifest)
+                print(f"{file}: {len(one.answers):,} objects")
+        if options.csv:
+            outputs.write_csv(options.csv, results, manifest)
+        if options.summary:
+            outputs.write_summary(options.summary, self.summaries)
+        if options.report:
+            write_report(
+                [answer for one in results for answer in one.answers],
+                [small for one in results for small in one.pictures],
+                manifest, options.report, title=options.detections[0].name,
+                settings={"inference": f"version {__version__}, {date.today().isoformat()}"} | self.settings,
+                overview=overview(results, self.summaries, manifest),
+            )  # fmt: skip
+
+
+def check_outputs(options: argparse.Namespace, found: Collected, manifest: Manifest) -> Path:
+    """The first of the results, beside which the journal lies. UserError where one would overwrite something."""
+    asked = [getattr(options, name) for name in RESULTS if getattr(options, name)]
+    if not asked:
+        raise UserError("nothing to write; expected one of --output, --csv, --summary and --report; add one")
+    slides = list(found.slides)
+    inputs = [*options.detections, *slides]
+    if options.output:
+        single = options.output.suffix.lower() in outputs.GEOJSON
+        if single and len(slides) > 1:
+            raise UserError(f"--output {options.output} for {len(slides):,} slides; expected a folder; name one")
+        if not single:
+            options.output.mkdir(parents=True, exist_ok=True)
+        files = [outputs.geojson_file(options.output, slide) for slide in slides]
+        if len(set(files)) < len(files):
+            raise UserError("two slides have the same file name; expected different ones; run them one by one")
+        for file in files:
+            outputs.check_writable(file, MARK.encode(), inputs)
+    begins = {
+        "csv": ",".join(outputs.header(manifest)).encode(),
+        "summary": ",".join(statistics.COLUMNS).encode(),
+        "report": outputs.REPORT,
+    }
+    for name, start in begins.items():
+        if getattr(options, name):
+            outputs.check_writable(getattr(options, name), start, inputs)
+    if len({file.absolute() for file in asked}) < len(asked):
+        raise UserError("two results have the same name; expected a file for each; name another")
+    return Path(asked[0])
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exit code; UserError where nothing can be done."""
+    check(options)
+    require_openslide()
+    options.weights = options.weights or default_ensemble()
+    if options.slide and options.slides:
+        raise UserError("--slide and --slides; expected one of them; leave one out")
+    manifest, start = load_manifest(options.weights), time.perf_counter()
+    running = Run(options)
+    found = collect(
+        options.detections, options.slide, options.slides, options.classes, options.region, running.complain
+    )
+    try:
+        with journal(check_outputs(options, found, manifest)) as kept:
+            running.score(found, kept)
+            running.write(found, manifest)
+            kept.remove()
+    except OSError as error:
+        raise UserError(
+            f"cannot write {error.filename} ({error.strerror}); expected a writable folder with space left; "
+            "run the same command again"
+        ) from None
+    except KeyboardInterrupt:
+        print(f"\nstopped after {running.new:,} new crops; the same command resumes it", file=sys.stderr)
+        return INTERRUPTED
+    report(running, found, time.perf_counter() - start)
+    return INCOMPLETE if running.failed else 0
+
+
+def report(running: Run, found: Collected, seconds: float) -> None:
+    """What was found, on stdout: a line a slide, and the sum."""
+    for one in running.summaries:
+        low, high = statistics.wilson(one.atypical, one.figures)
+        spot = f"; hot spot of 2 mm²: {one.hottest.count:,}" if one.hottest else ""
+        density = f"; {one.density(0):.4g} per mm² in {one.area:.4g} mm²" if one.area else ""
+        print(
+            f"{one.slide}: {one.figures:,} figures, {one.atypical:,} atypical "
+            f"({one.share or 0:.1%}, 95% interval {low:.1%} to {high:.1%}){density}{spot}"
+        )
+    scored = sum(one.figures for one in running.summaries)
+    known = f", {scored - running.new:,} of them known already" if scored > running.new else ""
+    print(f"{scored:,} of {found.total:,} detections on {len(running.summaries):,} slides{known}, {seconds:.1f} s")
+    if running.failed:
+        print(f"{len(running.failed):,} of {found.total:,} detections could not be scored", file=sys.stderr)

@@ -1,0 +1,71 @@
+"""What a run has answered so far, for the next run of the same command: one line for each object, by content.
+
+A line's key is made of all that the answer follows from: what the slide's file held, the place, how the crop is cut,
+the ensemble and the precision. So nothing in it can be stale: what no longer applies is never found.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+
+from ..errors import UserError
+
+Answered = tuple[float, tuple[float, ...], tuple[float, ...]]  # P(atypical), that of each fold and of each member
+
+
+def key(*what: object) -> str:
+    return sha256(json.dumps([str(one) for one in what]).encode()).hexdigest()[:32]
+
+
+class Journal:
+    """`known` holds what earlier runs answered; `add` writes more, and hands it to the system at once."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.known: dict[str, Answered] = {}
+        self.stream = file.open("a+b")
+        try:
+            fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.stream.close()
+            raise UserError(f"another run writes to {file}; expected one at a time; wait for it") from None
+        except OSError:
+            pass  # a file system without locks
+        self.stream.seek(0)
+        end = 0
+        for line in self.stream:
+            try:
+                if not line.endswith(b"\n"):
+                    break
+                name, p, folds, members = json.loads(line)
+                self.known[str(name)] = float(p), tuple(map(float, folds)), tuple(map(float, members))
+            except (ValueError, TypeError):
+                break  # a run that was stopped, or a full disk: from here on nothing counts
+            end += len(line)
+        self.stream.truncate(end)
+
+    def add(self, answers: Iterable[tuple[str, Answered]]) -> None:
+        lines = [json.dumps([name, *answer]) + "\n" for name, answer in answers]
+        self.stream.write("".join(lines).encode())
+        self.stream.flush()
+
+    def remove(self) -> None:
+        """After a run that has tried everything."""
+        self.file.unlink(missing_ok=True)
+
+
+@contextmanager
+def journal(output: Path) -> Iterator[Journal]:
+    """The journal beside `output`, held by this run alone."""
+    file = output.with_name(f".{output.name}.journal")
+    try:
+        opened = Journal(file)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written ({error.strerror}); expected a writable folder") from None
+    with opened.stream:
+        yield opened

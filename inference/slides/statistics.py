@@ -1,0 +1,107 @@
+"""What a slide's answers add up to: counts, the atypical share with its interval, density, and the hot spot.
+
+P(atypical) presumes a mitotic figure: what the detector wrongly took for one is counted here as a figure too.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+FIELDS = 2.0  # mm2: ten high-power fields (0.2 mm2 each; Donovan et al., Vet Pathol 2021)
+RATIO = 4 / 3  # the hot spot's width by its height, as of a field of view (MIDOG: about 4:3)
+Z = 1.959964  # of the normal distribution, for 95%
+
+
+def wilson(hits: int, total: int) -> tuple[float, float]:
+    """95% interval of a share, hits of total (Wilson 1927); (0, 1) where there is nothing."""
+    if not total:
+        return 0.0, 1.0
+    share = hits / total
+    middle = share + Z * Z / (2 * total)
+    half = Z * math.sqrt(share * (1 - share) / total + Z * Z / (4 * total * total))
+    low, high = ((middle + sign * half) / (1 + Z * Z / total) for sign in (-1, 1))
+    return max(0.0, low) if hits else 0.0, min(1.0, high) if hits < total else 1.0
+
+
+@dataclass(frozen=True)
+class HotSpot:
+    """The window of 2 mm2 with the most figures. x, y: its centre in level-0 pixels; count: the figures in it."""
+
+    x: float
+    y: float
+    count: int
+
+
+def window(mpp: tuple[float, float]) -> tuple[float, float]:
+    """Width and height of 2 mm2, in level-0 pixels."""
+    height = math.sqrt(FIELDS / RATIO) * 1000  # um
+    return height * RATIO / mpp[0], height / mpp[1]
+
+
+def hot_spot(x: np.ndarray, y: np.ndarray, mpp: tuple[float, float]) -> HotSpot | None:
+    """Where a window of 2 mm2 holds the most of the figures at x, y (N,), level-0 pixels; None without figures.
+
+    Exact: some best window has a figure on its left border and one on its top. For each left border the figures that
+    are wide enough are swept from top to bottom. Ties: the leftmost, then the topmost.
+    """
+    if not len(x):
+        return None
+    width, height = window(mpp)
+    order = np.argsort(x, kind="stable")
+    xs, ys = x[order], y[order]
+    best = (0, 0.0, 0.0)
+    for first, last in enumerate(np.searchsorted(xs, xs + width, "right")):
+        if last - first <= best[0]:
+            continue  # not even all of them would be more
+        some = np.sort(ys[first:last])
+        counts = np.searchsorted(some, some + height, "right") - np.arange(len(some))
+        top = int(counts.argmax())
+        if counts[top] > best[0]:
+            best = int(counts[top]), float(xs[first]), float(some[top])
+    count, left, upper = best
+    chosen = (xs >= left) & (xs <= left + width) & (ys >= upper) & (ys <= upper + height)
+    middle = [float(axis[chosen].min() + axis[chosen].max()) / 2 for axis in (xs, ys)]  # the window around its figures
+    return HotSpot(middle[0], middle[1], count)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One slide's row. area: mm2 of the outlined region, or None; with it, `inside` figures and atypical ones count."""
+
+    slide: str
+    figures: int
+    atypical: int
+    failed: int
+    area: float | None
+    inside: tuple[int, int] | None
+    hottest: HotSpot | None
+    hottest_atypical: HotSpot | None
+
+    @property
+    def share(self) -> float | None:
+        return self.atypical / self.figures if self.figures else None
+
+    def row(self) -> dict[str, object]:
+        """By column, for CSV; a value that there is not is empty."""
+        low, high = wilson(self.atypical, self.figures)
+        spots = {"hotspot": self.hottest, "atypical_hotspot": self.hottest_atypical}
+        row: dict[str, object] = {
+            "slide": self.slide, "figures": self.figures, "atypical": self.atypical, "not_scored": self.failed,
+            "atypical_share": "" if self.share is None else round(self.share, 6),
+            "share_low": round(low, 6), "share_high": round(high, 6),
+            "area_mm2": "" if self.area is None else round(self.area, 6),
+            "figures_per_mm2": self.density(0), "atypical_per_mm2": self.density(1),
+        }  # fmt: skip
+        for name, spot in spots.items():
+            row[f"{name}_figures"] = spot.count if spot else 0
+            row[f"{name}_x"], row[f"{name}_y"] = (round(spot.x), round(spot.y)) if spot else ("", "")
+        return row
+
+    def density(self, which: int) -> object:
+        return round(self.inside[which] / self.area, 6) if self.area and self.inside else ""
+
+
+COLUMNS = tuple(Summary("", 0, 0, 0, None, None, None, None).row())
