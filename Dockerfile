@@ -77,10 +77,11 @@ COPY --from=base-weights /prepared/ /
 COPY --from=app /prepared/ /
 WORKDIR /opt/app
 USER user
-# Opened once as the job will open it, by its user: missing, unreadable or altered weights fail here and not on the platform.
+# Answers one crop as the job will, by its user: missing, unreadable or altered weights fail here and not on the platform.
 # What libraries write meanwhile goes to memory, so that the step leaves no layer.
 RUN TMPDIR=/dev/shm TORCHINDUCTOR_CACHE_DIR=/dev/shm/inductor XDG_CACHE_HOME=/dev/shm/cache python -c "from pathlib import Path; \
-from inference.ensemble import Ensemble; print('opened', Ensemble.load(Path('weights/default'), device='cpu').manifest.name)"
+import numpy; from inference.ensemble import Ensemble; ensemble = Ensemble.load(Path('weights/default'), device='cpu'); \
+ensemble.predict([numpy.zeros((64, 64, 3), numpy.uint8)]); print('opened', ensemble.manifest.name)"
 ENTRYPOINT ["python", "-m", "inference"]
 
 # label and command go together; no command but the entry point runs one job

@@ -1,7 +1,7 @@
-"""Which bases an ensemble folder needs: `python -m training.bases FOLDER...` prints the backbone of each that is missing.
+"""Which bases an ensemble needs: `python -m training.bases FOLDER...` prints the backbone of each that is missing.
 
-Standard library only, so that the build can ask before anything is installed. The manifest is read here as plain JSON and
-not validated: that is the job's check, which needs the bases that are being made.
+Standard library only. The manifest is read here as plain JSON and not validated: that is the job's check, and it needs
+the bases that are being made.
 """
 
 from __future__ import annotations
