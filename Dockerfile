@@ -17,7 +17,7 @@ COPY requirements.txt /requirements.txt
 # triton and cuda-bindings serve torch.compile only; headers, static libraries, device bitcode, profilers, the multi-GPU
 # cuSOLVER and the alternative NVRTC are linked by nothing that torch opens. Importing torch resolves every CUDA library that
 # libtorch_cuda links; its linear algebra library, which torch opens late, is opened here by hand.
-RUN export PYTHONDONTWRITEBYTECODE=1 PYTHONHASHSEED=0 && touch -d '2 seconds ago' /dev/shm/start \
+RUN export PYTHONDONTWRITEBYTECODE=1 PYTHONHASHSEED=0 && touch /dev/shm/start && sleep 1 \
     && useradd --create-home --shell /bin/bash user \
     && python3 -m venv --without-pip /opt/venv \
     && python3 -m pip --python /opt/venv install --no-cache-dir --no-compile --require-hashes -r /requirements.txt \
