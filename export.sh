@@ -1,55 +1,79 @@
 #!/usr/bin/env bash
-# Writes what is uploaded to Grand Challenge: the image (NAME.tar.gz) and the ensemble as a model tarball (NAME-model.tar.gz).
+# Writes what is uploaded to Grand Challenge: the image (NAME.tar.gz) and its ensemble as a model tarball (NAME-model.tar.gz),
+# and for whoever runs or checks them the image's bill of materials (NAME.cdx.json) and the sums of all (SHA256SUMS).
 #   ./export.sh [--image TAG] [--ensemble DIR] [--output DIR] [--without-base] [--only image|model]
 # What was written is checked as the platform checks it (test/harness/preflight.py); a failed check is a failed export.
-# --without-base  leaves the base out of the model tarball, for an image that already holds the same one
+# --ensemble      default: the one in the image. With --only model any, for an upload that is to override the image's
+# --without-base  leaves the bases out of the model tarball, for an image that already holds the same ones
 # --only          writes one of the two
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 fail() { echo "export.sh: $*" >&2; exit 1; }
 
-image=${IMAGE:-midog-lora} ensemble=$here/weights/default output=$here/export only='' model_options=()
+image=${IMAGE:-midog-lora} ensemble='' output=$here/export only='' model_options=()
 while [ $# -gt 0 ]; do
+    case $1 in --image | --ensemble | --output | --only) [ -n "${2:-}" ] || fail "$1 has no value; see --help" ;; esac
     case $1 in
-        --image) image=${2:-}; shift 2 ;;
-        --ensemble) ensemble=${2:-}; shift 2 ;;
-        --output) output=${2:-}; shift 2 ;;
-        --only) only=${2:-}; shift 2 ;;
+        --image) image=$2; shift 2 ;;
+        --ensemble) ensemble=${2%/}; shift 2 ;;
+        --output) output=$2; shift 2 ;;
+        --only) only=$2; shift 2 ;;
         --without-base) model_options+=(--without-base); shift ;;
-        -h | --help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit ;;
+        -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit ;;
         *) fail "unknown option $1; see --help" ;;
     esac
 done
 case $only in image | model | '') ;; *) fail "--only $only; expected image or model" ;; esac
-mkdir -p "$output"
 python=$here/.venv/bin/python
 [ -x "$python" ] || python=python3
 export PYTHONPATH=$here
 
-describe() { # size and SHA-256 of a file, and what the platform would say of it
+docker=$("$here/test/engine.sh" client) || true
+if [ "$only" = model ]; then
+    [ -n "$docker" ] && "$docker" image inspect "$image" >/dev/null 2>&1 || image='' # the folder alone decides then
+elif [ -z "$docker" ]; then
+    [ -z "$only" ] || fail "no Docker engine answers, so there is no image to save; run this where the image was built"
+    image=''
+else
+    "$docker" image inspect "$image" >/dev/null 2>&1 || fail "no image $image; build it with ./build.sh"
+fi
+
+# Which ensemble: an uploaded model replaces the image's own, so a tarball of another one beside the image is an accident.
+bundled=''
+[ -z "$image" ] || bundled=$("$docker" image inspect --format '{{index .Config.Labels "midog-lora.ensemble"}}' "$image")
+case $bundled in '' | '<no value>') bundled='' ;; /*) ;; *) bundled=$here/$bundled ;; esac
+if [ -z "$ensemble" ] && [ "$only" != image ]; then
+    [ -z "$image" ] || [ -n "$bundled" ] || fail "$image does not say which ensemble it holds; name it with --ensemble, or use --only image"
+    ensemble=${bundled:-$here/weights/default}
+fi
+if [ -n "$image" ] && [ -z "$only" ]; then
+    inside=$("$docker" run --rm --network none --entrypoint sha256sum "$image" /opt/app/weights/default/ensemble.json) ||
+        fail "$image holds no ensemble; export one of the two with --only"
+    [ -f "$ensemble/ensemble.json" ] || fail "no $ensemble/ensemble.json, which $image was built with; name another with --ensemble --only model"
+    [ "${inside%% *}" = "$(sha256sum <"$ensemble/ensemble.json" | cut -d ' ' -f 1)" ] ||
+        fail "$image holds another ensemble than $ensemble; run ./build.sh --ensemble DIR first, or export one of the two with --only"
+fi
+
+mkdir -p "$output"
+trap 'rm -f "$output"/*.partial' EXIT
+written=()
+describe() { # size of a file, and what the platform would say of it
     echo "  $(wc -c <"$1" | awk '{printf "%.3f GB (%s bytes)", $1 / 1e9, $1}'), SHA-256 $(sha256sum "$1" | cut -d ' ' -f 1)"
     "$python" -m test.harness.preflight "$1" || fail "$1 would be refused, or fail on the platform; see the lines above"
 }
 
 export_image() {
-    local client docker='' target size
-    for client in ${DOCKER:-/usr/bin/docker docker}; do
-        if timeout 20 "$client" info >/dev/null 2>&1; then docker=$client; break; fi
-    done
-    if [ -z "$docker" ]; then
-        [ -z "$only" ] || fail "no Docker engine answers, so there is no image to save; run this where the image was built"
-        echo "Image: not written, for no Docker engine answers here. Build and export it on a machine with Docker."
-        return
-    fi
-    "$docker" image inspect "$image" >/dev/null 2>&1 || fail "no image $image; build it with ./build.sh"
+    local target size name=${image##*/} # a registry may have a port
+    name=${name%%[:@]*}
     # one tag: the platform refuses an archive with several images. gzip: it cannot read zstd
-    target=$output/$(basename "${image%%:*}").tar.gz
+    target=$output/$name.tar.gz
     size=$("$docker" image inspect --format '{{.Size}}' "$image")
     echo "Saving $image, compressed on all cores (minutes):"
     "$docker" save "$image" | "$python" -m training.compress --total "$size" >"$target.partial"
     mv "$target.partial" "$target"
     echo "Image:"
     describe "$target"
+    written+=("$name.tar.gz")
 }
 
 export_model() {
@@ -57,10 +81,13 @@ export_model() {
     target=$("$python" -m training.tarball "$ensemble" "$output" "${model_options[@]}") || exit 1
     echo "Model:"
     describe "$target"
+    written+=("$(basename "$target")")
 }
 
 [ "$only" = image ] || export_model
-[ "$only" = model ] || export_image
+if [ "$only" != model ] && [ -n "$image" ]; then export_image; fi
+[ -n "$image" ] || [ "$only" = model ] || echo "Image: not written, for no Docker engine answers here. Build and export it on a machine with Docker."
+(cd "$output" && sha256sum "${written[@]}" >SHA256SUMS.partial && mv SHA256SUMS.partial SHA256SUMS)
 cat <<'STEPS'
 Upload, at grand-challenge.org as a verified user:
   1. Your algorithm > Containers > Upload a container: the image. It is checked for minutes and activated in about twenty.

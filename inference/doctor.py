@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import get_args
 
+from .checks import Check, Level, docker, passed
 from .checksums import check_hashes
 from .errors import UserError
 from .exits import FAILED
@@ -27,17 +27,6 @@ BUILD_GB = 30  # disk: the image, its build cache and one saved tarball
 DRIVERS = {11: (450, 80), 12: (525, 60), 13: (580, 65)}
 
 
-class Check(NamedTuple):
-    """What a check found: level PASS, WARN or FAIL, one line, and what to do."""
-
-    level: str
-    message: str
-    fix: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.level}  {self.message}" + (f". Fix: {self.fix}" if self.fix else "")
-
-
 def output_of(*command: str) -> str | None:
     """stdout of a command, or None where it is missing or fails."""
     try:
@@ -48,11 +37,11 @@ def output_of(*command: str) -> str | None:
 
 
 def check_engine() -> Iterator[Check]:
-    for client in os.environ.get("DOCKER", "/usr/bin/docker docker").split():
-        version = output_of(client, "info", "--format", "{{.ServerVersion}}")
-        if version:
-            yield Check("PASS", f"container engine: Docker {version} answers {client}")
-            return
+    client = docker()
+    version = client and output_of(client, "info", "--format", "{{.ServerVersion}}")
+    if version:
+        yield Check("PASS", f"container engine: Docker {version} answers {client}")
+        return
     fix = "start Docker (bare Debian: test/engine.sh start); without one all runs natively, but no image is exported"
     yield Check("WARN", "container engine: none answers", fix)
 
@@ -93,8 +82,9 @@ def check_gpu(manifest: Manifest | None) -> Iterator[Check]:
 
 def check_driver(line: str, cuda: str | None) -> Iterator[Check]:
     """One GPU as nvidia-smi lists it, "name, driver, MiB", against PyTorch's CUDA version ("12.8" or None)."""
-    name, driver, memory = (part.strip() for part in line.split(","))
-    found = f"GPU: {name}, {int(float(memory)) / 1024:.0f} GiB, driver {driver}"
+    name, driver, memory = (part.strip() for part in line.rsplit(",", 2))
+    size = f"{float(memory) / 1024:.0f} GiB" if memory.replace(".", "", 1).isdigit() else "memory unknown"  # e.g. [N/A]
+    found = f"GPU: {name}, {size}, driver {driver}"
     if cuda is None:
         yield Check("FAIL", f"{found}, but this PyTorch has no CUDA", "install requirements.txt as it is pinned")
         return
@@ -184,6 +174,7 @@ def run(options: argparse.Namespace) -> int:
     for check in checks:
         for line in check():
             print(line, flush=True)
-            found.append(line.level)
-    print(", ".join(f"{found.count(level)} {level}" for level in ("PASS", "WARN", "FAIL")))
-    return FAILED if "FAIL" in found else 0
+            found.append(line)
+    levels = [line.level for line in found]
+    print(", ".join(f"{levels.count(level)} {level}" for level in get_args(Level)))
+    return 0 if passed(found) else FAILED

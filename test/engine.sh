@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A Docker engine and a base image on a bare Debian machine, for tests that build and run the real container.
 #   test/engine.sh start   install what is missing (root only), start dockerd, provide the base image; does nothing twice
+#   test/engine.sh client  print the Docker client that reaches an engine; 1 where none does
 #   test/engine.sh stop    stop the dockerd that `start` started, and only that one
 # Where an engine already answers it is used as it is. Where the image registry cannot be reached, a Debian bookworm
 # made by debootstrap from apt's own mirror takes the base image's tag: the same Python minor version, the same libc.
@@ -29,7 +30,7 @@ install_missing() {
     [ ${#missing[@]} -eq 0 ] && return
     say "installing ${missing[*]}"
     export DEBIAN_FRONTEND=noninteractive
-    apt-get update -qq || say "apt-get update reported errors; going on with the lists that are there"
+    apt-get update -qq || say "apt-get update reported errors; using the lists that are there"
     apt-get install -y -qq --no-install-recommends "${missing[@]}" >"$state/apt.log" 2>&1 || { tail -n 20 "$state/apt.log" >&2; return 1; }
 }
 
@@ -108,5 +109,6 @@ case ${1:-} in
             rm -f "$state/dockerd.pid"
         fi
         ;;
-    *) sed -n '2,4p' "$0" >&2; exit 2 ;;
+    client) client ;;
+    *) sed -n '2,5p' "$0" >&2; exit 2 ;;
 esac

@@ -14,8 +14,8 @@ from datetime import datetime
 from pathlib import Path
 from random import Random
 
+from inference.checks import Check, passed
 from test.harness import engines, layout, page, readout, report, s3, sagemaker, served
-from test.harness.findings import Finding, passed
 
 ROOT = engines.ROOT
 SAMPLE = ROOT / "test/sample"
@@ -125,23 +125,23 @@ def keep(folder: Path, run: engines.Run, target: Path) -> None:
             shutil.copyfile(found, target / file)
 
 
-def score(results: list[report.Result], truth: Path, output: Path) -> list[Finding]:
+def score(results: list[report.Result], truth: Path, output: Path) -> list[Check]:
     """Scores the answers as the official evaluator does; one failed job fails the whole evaluation, as there."""
     from test.harness import scoring  # numpy
 
     failed = [result.stack.name for result in results if result.answers is None]
     if failed:
         message = f"not scored: the algorithm failed on {len(failed)} of {len(results)} stacks, first {failed[0]}"
-        return [Finding("fail", message, "one failed job fails the whole evaluation")]
+        return [Check("FAIL", message, "one failed job fails the whole evaluation")]
     try:
         metrics = scoring.score(
             {result.stack.name: result.answers or [] for result in results}, scoring.read_truth(truth)
         )
     except ValueError as error:
-        return [Finding("fail", f"the evaluator stops: {error}", f"check {truth}")]
+        return [Check("FAIL", f"the evaluator stops: {error}", f"check {truth}")]
     scoring.write(metrics, output / "metrics.json")
     report.print_metrics(metrics)
-    return [Finding("warn", text) for text in metrics["warnings"]]
+    return [Check("WARN", text) for text in metrics["warnings"]]
 
 
 def choose_api(options: argparse.Namespace) -> str:
@@ -162,7 +162,7 @@ def print_result(result: report.Result, many: bool) -> None:
     elif result.answers:
         report.print_pages(result)
     for finding in result.findings:
-        if finding.level != "pass" or not many:
+        if finding.level != "PASS" or not many:
             print(finding, flush=True)
 
 
@@ -202,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
     numbered = list(enumerate(stacks))
     batches = [numbered] if options.api == "invoke" else [[entry] for entry in numbered]
     results: list[report.Result] = []
-    uploads: list[Finding] = []
+    uploads: list[Check] = []
     try:
         with s3.s3_server() if options.shim else contextlib.nullcontext() as bucket:
             if options.shim:

@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from inference.checks import docker
+
 ROOT = Path(__file__).resolve().parents[2]
 SHIM = Path(__file__).with_name("shim.py")
 PLATFORM_ENV = {"LOG_LEVEL": "INFO", "PYTHONUNBUFFERED": "1", "no_proxy": "amazonaws.com"}
@@ -54,18 +56,6 @@ class Run:
     wall_seconds: float = 0.0
     peak_mib: float = 0.0
     details: dict[str, Any] = field(default_factory=dict)
-
-
-@cache
-def docker() -> str | None:
-    """The first Docker client that reaches an engine (Debian's own comes first), or None."""
-    for client in os.environ.get("DOCKER", "/usr/bin/docker docker").split():
-        try:
-            if subprocess.run([client, "info"], capture_output=True, timeout=20).returncode == 0:
-                return client
-        except (OSError, subprocess.TimeoutExpired):
-            continue
-    return None
 
 
 def inspect(image: str) -> dict[str, Any] | None:

@@ -7,21 +7,25 @@ the fix; the exit code is 1 when one failed. The file is read once, to its end: 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
-import tarfile
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from test.harness.findings import Finding, passed
+from inference.checks import Check, passed
+from inference.checksums import check_ensemble
+from inference.manifest import load_manifest
 from test.harness.savedimage import UNREADABLE, Layer, SavedImage, executable, find_file, read_image
-from test.harness.shim import unsafe
+from test.harness.shim import SetupError, unpack
+from training.bases import named_bases
 
 SUFFIXES = (".tar", ".tar.gz", ".tar.xz")
 USER = re.compile(r"([A-Za-z][A-Za-z0-9._-]*|[0-9]+)(:([A-Za-z][A-Za-z0-9._-]*|[0-9]+))?")
 SAVE = "write it with `docker save IMAGE | gzip` (./export.sh)"
 
 
-def check_file(path: Path) -> list[Finding]:
+def check_file(path: Path) -> list[Check]:
     """Checks one tarball: an image, or a model where it holds ensemble.json and nothing of an image."""
     findings = check_name_and_size(path)
     try:
@@ -32,97 +36,97 @@ def check_file(path: Path) -> list[Finding]:
         message = f"could not decompress the file or read it to its end ({error or type(error).__name__})"
         return [
             *findings,
-            Finding("fail", message, "compress with gzip, not zstd" if zstd else "export and copy it again"),
+            Check("FAIL", message, "compress with gzip, not zstd" if zstd else "export and copy it again"),
         ]
-    findings.append(Finding("pass", f"Python's tarfile reads it to the end: {len(image.names)} members"))
+    findings.append(Check("PASS", f"Python's tarfile reads it to the end: {len(image.names)} members"))
     if any(Path(name).name == "ensemble.json" for name in image.names):
         return findings + check_model(path, image)
     return findings + check_image(image)
 
 
-def check_name_and_size(path: Path) -> list[Finding]:
+def check_name_and_size(path: Path) -> list[Check]:
     """Name and size as the upload form and the challenges' rules want them."""
     findings = []
     if not path.name.endswith(SUFFIXES):
         fix = f"name it *{' or *'.join(SUFFIXES)}"
-        findings.append(Finding("fail", f"the upload form refuses the name {path.name}", fix))
+        findings.append(Check("FAIL", f"the upload form refuses the name {path.name}", fix))
     if len(path.name) > 128:
         findings.append(
-            Finding("fail", f"the name has {len(path.name)} characters, at most 128 are stored", "shorten it")
+            Check("FAIL", f"the name has {len(path.name)} characters, at most 128 are stored", "shorten it")
         )
     size = path.stat().st_size / 1e9
     if size > 10:
-        findings.append(Finding("fail", f"{size:.2f} GB; challenges allow 10 GB", "drop packages, caches and weights"))
+        findings.append(Check("FAIL", f"{size:.2f} GB; challenges allow 10 GB", "drop packages, caches and weights"))
     elif size > 8:
-        findings.append(Finding("warn", f"{size:.2f} GB, close to the usual limit of 10 GB", "drop what you can"))
+        findings.append(Check("WARN", f"{size:.2f} GB, close to the usual limit of 10 GB", "drop what you can"))
     else:
-        findings.append(Finding("pass", f"{size:.2f} GB, below 10 GB"))
+        findings.append(Check("PASS", f"{size:.2f} GB, below 10 GB"))
     return findings
 
 
-def check_image(image: SavedImage) -> list[Finding]:
+def check_image(image: SavedImage) -> list[Check]:
     """The platform's validation of the manifest, in its order; it stops at the first failure, and so does this."""
     manifest = image.documents.get("manifest.json")
     if "manifest.json" not in image.names:
         found = next((name for name in ("./manifest.json", "oci-layout", "index.json") if name in image.names), None)
         message = "could not find manifest.json" + (f" (there is {found})" if found else "")
-        return [Finding("fail", message, f"{SAVE}; a model tarball holds ensemble.json")]
+        return [Check("FAIL", message, f"{SAVE}; a model tarball holds ensemble.json")]
     if not isinstance(manifest, list) or len(manifest) != 1:
         number = len(manifest) if isinstance(manifest, list) else "no list of"
-        return [Finding("fail", f"the file should only have 1 image, it has {number}", "save one tag only")]
+        return [Check("FAIL", f"the file should only have 1 image, it has {number}", "save one tag only")]
     name = str(manifest[0].get("Config", ""))
     config = image.documents.get(name)
     if not isinstance(config, dict):
-        return [Finding("fail", f"could not find the config file {name!r}", SAVE)]
+        return [Check("FAIL", f"could not find the config file {name!r}", SAVE)]
     digest = name.removeprefix("blobs/sha256/").removesuffix(".json").removeprefix("sha256:")
     if len(digest) != 64:
-        return [Finding("fail", f"{name!r} does not have a valid sha256 hash", SAVE)]
-    findings = [Finding("pass", f"one image, config {digest[:12]} (each upload needs a digest that is new)")]
+        return [Check("FAIL", f"{name!r} does not have a valid sha256 hash", SAVE)]
+    findings = [Check("PASS", f"one image, config {digest[:12]} (each upload needs a digest that is new)")]
     settings = config.get("config") or {}
     root = image.root(manifest[0].get("Layers", []))
     findings.append(check_user(str(settings.get("User", "")), root))
     if config.get("architecture") != "amd64":
         message = f"architecture {config.get('architecture')} is not supported"
-        findings.append(Finding("fail", message, "docker build --platform=linux/amd64"))
+        findings.append(Check("FAIL", message, "docker build --platform=linux/amd64"))
     else:
-        findings.append(Finding("pass", "architecture amd64"))
+        findings.append(Check("PASS", "architecture amd64"))
     labels = {key.strip().lower(): value for key, value in (settings.get("Labels") or {}).items()}
     method = str(labels.get("org.grand-challenge.api-method", "exec")).lower().strip("\"'")
     if method not in ("exec", "invoke"):
         message = f"label org.grand-challenge.api-method is {method!r}"
-        findings.append(Finding("fail", message, "set it to exec or invoke"))
+        findings.append(Check("FAIL", message, "set it to exec or invoke"))
     return findings + check_forgotten(settings, root)
 
 
-def check_user(user: str, root: Layer) -> Finding:
+def check_user(user: str, root: Layer) -> Check:
     """USER is not root, by name, by number or by its line in the image's own passwd, and has a home of its own."""
     fix = "RUN useradd --create-home user, and USER user as the last line of the Dockerfile"
     lower = user.lower()
     if lower in ("", "root", "0") or lower.startswith(("0:", "root:")):
-        return Finding("fail", f"the container runs as root (USER is {user!r})", fix)
+        return Check("FAIL", f"the container runs as root (USER is {user!r})", fix)
     if not USER.fullmatch(user):
-        return Finding("fail", f"USER {user!r} is neither a name nor a number, optionally with :group", fix)
+        return Check("FAIL", f"USER {user!r} is neither a name nor a number, optionally with :group", fix)
     name = user.split(":")[0]
     lines = [line.split(":") for line in root.texts.get("etc/passwd", "").splitlines() if line.count(":") == 6]
     line = next((line for line in lines if line[0] == name or (name.isdigit() and line[2] == name)), None)
     if line is None and name.isdigit():
-        return Finding("warn", f"USER {name} has no line in /etc/passwd: HOME stays root's, caches fail", fix)
+        return Check("WARN", f"USER {name} has no line in /etc/passwd: HOME stays root's, caches fail", fix)
     if line is None:
-        return Finding("fail", f"USER {name} is not in the image's /etc/passwd: the job cannot start", fix)
+        return Check("FAIL", f"USER {name} is not in the image's /etc/passwd: the job cannot start", fix)
     if line[2] == "0":
-        return Finding("fail", f"USER {name} is number 0: the upload accepts it, but it runs as root", fix)
+        return Check("FAIL", f"USER {name} is number 0: the upload accepts it, but it runs as root", fix)
     home = find_file(root.files, line[5])
     if home is None or not home.isdir() or home.uid != int(line[2]):
-        return Finding("warn", f"USER {name} has no home of its own ({line[5]})", fix)
-    return Finding("pass", f"user {line[0]} (number {line[2]}, home {line[5]})")
+        return Check("WARN", f"USER {name} has no home of its own ({line[5]})", fix)
+    return Check("PASS", f"user {line[0]} (number {line[2]}, home {line[5]})")
 
 
-def check_forgotten(settings: dict[str, Any], root: Layer) -> list[Finding]:
+def check_forgotten(settings: dict[str, Any], root: Layer) -> list[Check]:
     """What the upload accepts and the run then trips over."""
     findings = []
     command = (settings.get("Entrypoint") or []) + (settings.get("Cmd") or [])
     if not command:
-        findings.append(Finding("fail", "neither ENTRYPOINT nor CMD: nothing can be started", "add an ENTRYPOINT"))
+        findings.append(Check("FAIL", "neither ENTRYPOINT nor CMD: nothing can be started", "add an ENTRYPOINT"))
     else:
         path = dict(str(line).split("=", 1) for line in settings.get("Env") or []).get("PATH", "/usr/bin:/bin")
         base = settings.get("WorkingDir") or "/"
@@ -130,17 +134,17 @@ def check_forgotten(settings: dict[str, Any], root: Layer) -> list[Finding]:
         if "/" in command[0]:
             places = [command[0] if command[0].startswith("/") else f"{base}/{command[0]}"]
         if any(executable(find_file(root.files, place)) for place in places):
-            findings.append(Finding("pass", f"entry point {' '.join(command)}"))
+            findings.append(Check("PASS", f"entry point {' '.join(command)}"))
         else:
             message = f"the program of the entry point, {command[0]}, is not an executable file of the image"
-            findings.append(Finding("fail", message, "COPY it with execute permission, or mend PATH"))
+            findings.append(Check("FAIL", message, "COPY it with execute permission, or correct PATH"))
     for volume in settings.get("Volumes") or {}:
         if volume.rstrip("/") in ("/input", "/output", "/tmp", "/opt/ml", "/opt/ml/model"):
             message = f"VOLUME {volume}: the platform cannot reset the folder"
-            findings.append(Finding("fail", message, "remove the VOLUME line"))
+            findings.append(Check("FAIL", message, "remove the VOLUME line"))
     hidden = [str(line).split("=")[0] for line in settings.get("Env") or []]
     for name in (name for name in hidden if name.lower().startswith("grand_challenge_")):
-        findings.append(Finding("warn", f"ENV {name} never reaches the program", "choose another name"))
+        findings.append(Check("WARN", f"ENV {name} never reaches the program", "choose another name"))
     for folder, reason in {"tmp": "/tmp is empty on the platform", "opt/ml": "/opt/ml belongs to the platform"}.items():
         baked = [path for path, entry in root.files.items() if path.startswith(f"{folder}/") and not entry.isdir()]
         if baked:
@@ -148,39 +152,58 @@ def check_forgotten(settings: dict[str, Any], root: Layer) -> list[Finding]:
             message = (
                 f"{len(baked)} file(s) under /{folder} ({size:.1f} MB, e.g. /{baked[0]}) are gone in a job: {reason}"
             )
-            findings.append(Finding("warn", message, "keep what the job needs under /opt/app"))
+            findings.append(Check("WARN", message, "keep what the job needs under /opt/app"))
     for folder in ("input", "output"):
         baked = [path for path in root.files if path.startswith(f"{folder}/")]
         if baked:
-            findings.append(Finding("warn", f"files under /{folder} are deleted, e.g. /{baked[0]}", "remove them"))
+            findings.append(Check("WARN", f"files under /{folder} are deleted, e.g. /{baked[0]}", "remove them"))
     if find_file(root.files, "/bin/bash") is None:
-        findings.append(Finding("warn", "no /bin/bash: the organisers' own re-run needs it", "install bash"))
+        findings.append(Check("WARN", "no /bin/bash: the organisers' own re-run needs it", "install bash"))
     return findings
 
 
-def check_model(path: Path, image: SavedImage) -> list[Finding]:
-    """Rules of a model tarball: gzip, safe members, the ensemble at the top, no pickles."""
-    findings = []
+def check_model(path: Path, image: SavedImage) -> list[Check]:
+    """Rules of a model tarball: gzip, safe members, the ensemble at the top, and that a job can answer with it."""
     with path.open("rb") as stream:
         if stream.read(2) != b"\x1f\x8b" or not path.name.endswith(".tar.gz"):
             fix = "tar -czf model.tar.gz -C ENSEMBLE ."
-            findings.append(Finding("fail", "a model must be a gzip file with a name that ends in .tar.gz", fix))
-    with tarfile.open(path) as tar:
-        for member in tar:
-            reason = unsafe(member)
-            if reason:
-                message = f"Tarfile could not be extracted: {reason}"
-                findings.append(Finding("fail", message, "pack plain files with relative names, no outside links"))
-                break
-    tops = [name for name in image.names if name.removeprefix("./") == "ensemble.json"]
-    if not tops:
-        nested = next(name for name in image.names if Path(name).name == "ensemble.json")
-        message = f"ensemble.json lies at {nested}, expected at the top (it becomes /opt/ml/model/ensemble.json)"
-        findings.append(Finding("fail", message, "tar -czf model.tar.gz -C ENSEMBLE ."))
-    pickles = [name for name in image.names if name.endswith((".pt", ".pth", ".pkl", ".bin", ".ckpt"))]
-    if pickles:
-        findings.append(Finding("warn", f"{pickles[0]} is a pickle, which a job never opens", "store safetensors"))
-    return findings or [Finding("pass", "model tarball: gzip, safe members, ensemble.json at the top")]
+            return [Check("FAIL", "a model must be a gzip file with a name that ends in .tar.gz", fix)]
+    with tempfile.TemporaryDirectory(prefix="preflight-") as name:
+        try:
+            unpack(str(path), name)
+        except SetupError as error:
+            return [Check("FAIL", str(error), "pack plain files with relative names, no outside links")]
+        if not (Path(name) / "ensemble.json").is_file():
+            nested = next(member for member in image.names if Path(member).name == "ensemble.json")
+            message = f"ensemble.json lies at {nested}, expected at the top (it becomes /opt/ml/model/ensemble.json)"
+            return [Check("FAIL", message, "tar -czf model.tar.gz -C ENSEMBLE .")]
+        return [Check("PASS", "model tarball: gzip, safe members, ensemble.json at the top"), *check_job(Path(name))]
+
+
+def check_job(folder: Path) -> list[Check]:
+    """What a job would make of the unpacked model: its own check of the manifest and hashes, then one empty crop."""
+    try:
+        manifest = load_manifest(folder)
+        check_ensemble(manifest)
+        bases = named_bases(folder)
+        findings = [Check("PASS", f"ensemble {manifest.name}: manifest and hashes as a job checks them")]
+        findings += [
+            Check("WARN", f"{base} is not in the tarball", "upload it for an image that holds the same file")
+            for base in bases
+            if not (folder / base).is_file()
+        ]
+        if not all(map(importlib.util.find_spec, ("torch", "timm"))):
+            fix = "./build.sh --engine native, then check again"
+            return [*findings, Check("WARN", "the weights were not opened: PyTorch is not installed here", fix)]
+        import numpy as np
+
+        from inference.ensemble import Ensemble
+
+        Ensemble(manifest, "cpu").predict([np.zeros((64, 64, 3), np.uint8)])
+    except Exception as error:  # of any kind: a job would end with it
+        text = str(error).replace(str(folder), "/opt/ml/model")
+        return [Check("FAIL", f"every job would fail: {text or type(error).__name__}", "export it again")]
+    return [*findings, Check("PASS", "a job answers with it: one crop, on the CPU")]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -190,7 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
     good = True
     for path in parser.parse_args(arguments).files:
         print(path)
-        findings = check_file(path) if path.is_file() else [Finding("fail", "no such file", "run ./export.sh")]
+        findings = check_file(path) if path.is_file() else [Check("FAIL", "no such file", "run ./export.sh")]
         print(*findings, sep="\n")
         good = good and passed(findings)
     return 0 if good else 1

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from inference.checks import Check, passed
 from test.harness.engines import Run
-from test.harness.findings import Finding, passed
 
 
 @dataclass
@@ -19,7 +19,7 @@ class Result:
     pages: int
     run: Run
     answers: list[dict[str, Any]] | None
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Check] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:

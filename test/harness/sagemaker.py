@@ -19,8 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from inference.checks import Check
 from test.harness import engines, layout
-from test.harness.findings import Finding
 from test.harness.s3 import BUCKET, HOME, Bucket
 
 PACKAGES = HOME / "lib/python3.11/site-packages"
@@ -206,7 +206,7 @@ def seconds(duration: str) -> float:
     return ((days * 24 + hours) * 60 + minutes) * 60 + rest
 
 
-def check_upload(stacks: list[Path]) -> list[Finding]:
+def check_upload(stacks: list[Path]) -> list[Check]:
     """What panimg, which reads uploaded images on the platform, makes of each stack: one finding each."""
     program = """
 import json, pathlib, shutil, sys, tempfile
@@ -232,12 +232,12 @@ for name in sys.argv[1:]:
         if len(images) != 1:
             reason = "; ".join(errors) or "no image in it"
             findings.append(
-                Finding("fail", f"{path.name}: refused as an upload ({reason[:300]})", "python -m test.support.stacks")
+                Check("FAIL", f"{path.name}: refused as an upload ({reason[:300]})", "python -m test.support.stacks")
             )
         elif path.suffix.lower() in layout.SUFFIXES[:2] and same != [True]:
-            findings.append(Finding("fail", f"{path.name}: the platform stores other bytes", "write a TIFF"))
+            findings.append(Check("FAIL", f"{path.name}: the platform stores other bytes", "write a TIFF"))
         else:
             about = images[0]
             message = f"{path.name}: accepted as an upload ({about['width']} x {about['height']}, {about['colour']})"
-            findings.append(Finding("pass", message))
+            findings.append(Check("PASS", message))
     return findings

@@ -25,6 +25,7 @@ import sys
 import tarfile
 import threading
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -104,18 +105,38 @@ def open_folders(job: dict[str, Any]) -> None:
         Path(name).chmod(0o777)
 
 
+def leads_out(place: str) -> bool:
+    """Whether a normalised relative path leaves its folder; `..data` is an ordinary name."""
+    return place == ".." or place.startswith("../")
+
+
 def unsafe(member: tarfile.TarInfo) -> str | None:
     """Why `filter="data"` refuses a member, or None; written out because Python before 3.11.4 has no such filter."""
     place = os.path.normpath(member.name.lstrip("/"))
-    if place.startswith(".."):
+    if leads_out(place):
         return f"{member.name} lies outside the destination"
     if member.issym() or member.islnk():
         target = member.linkname if member.islnk() else os.path.join(os.path.dirname(place), member.linkname)
-        if os.path.isabs(member.linkname) or os.path.normpath(target).startswith(".."):
+        if os.path.isabs(member.linkname) or leads_out(os.path.normpath(target)):
             return f"{member.name} links to {member.linkname}, outside the destination"
     elif not (member.isreg() or member.isdir()):
         return f"{member.name} is a special file"
     return None
+
+
+def unpack(source: str, target: str) -> None:
+    """Unpacks a model tarball as `filter="data"` does. SetupError where that refuses it."""
+    try:
+        with tarfile.open(source) as tar:
+            for member in tar:
+                reason = unsafe(member)
+                if reason:
+                    raise tarfile.TarError(reason)
+                member.name = member.name.lstrip("/")
+                member.mode = member.mode & 0o755 | (0o700 if member.isdir() else 0o600)
+                tar.extract(member, target)
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise SetupError(f"Could not set up model: Tarfile could not be extracted ({error})") from error
 
 
 def set_up_model(job: dict[str, Any]) -> None:
@@ -124,16 +145,9 @@ def set_up_model(job: dict[str, Any]) -> None:
         if os.path.isdir(job["model_source"]):
             shutil.copytree(job["model_source"], job["model"], dirs_exist_ok=True)
         else:
-            with tarfile.open(job["model_source"]) as tar:
-                for member in tar:
-                    reason = unsafe(member)
-                    if reason:
-                        raise tarfile.TarError(reason)
-                    member.name = member.name.lstrip("/")
-                    member.mode = member.mode & 0o755 | (0o700 if member.isdir() else 0o600)
-                    tar.extract(member, job["model"])
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise SetupError(f"Could not set up model: Tarfile could not be extracted ({error})") from error
+            unpack(job["model_source"], job["model"])
+    except OSError as error:
+        raise SetupError(f"Could not set up model: {error}") from error
     if job["user"]:
         uid, gid = (-1 if number is None else number for number in find_user(job["user"])[:2])
         for path in Path(job["model"]).rglob("*"):

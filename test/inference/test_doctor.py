@@ -1,4 +1,4 @@
-"""The doctor says what is wrong with a machine or an ensemble, and how to mend it."""
+"""The doctor says what is wrong with a machine or an ensemble, and how to fix it."""
 
 from __future__ import annotations
 
@@ -63,6 +63,7 @@ def test_altered_and_missing_weights_fail(ensemble: Path, tmp_path: Path, capsys
         ("Tesla T4, 470.57.02, 15360", "12.8", "FAIL", "Fix: update the driver to 525.60 or later"),
         ("H100, 570.10, 81559", "13.0", "FAIL", "too old for CUDA 13.0"),
         ("H100, 570.10, 81559", None, "FAIL", "this PyTorch has no CUDA"),
+        ("GB10, 580.95, [N/A]", "12.8", "PASS", "GB10, memory unknown, driver 580.95, new enough"),
     ],
 )
 def test_driver_against_the_cuda_build(line: str, cuda: str | None, level: str, part: str) -> None:
@@ -85,7 +86,7 @@ def test_disk(free: int, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_engine_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DOCKER", "/bin/false")
+    monkeypatch.setattr(doctor, "docker", lambda: None)
     [said] = lines(doctor.check_engine())
     assert said.startswith("WARN  container engine: none answers. Fix: start Docker")
 

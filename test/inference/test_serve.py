@@ -20,10 +20,10 @@ from random import Random
 import pytest
 
 from inference import serve
+from inference.checks import passed
 from inference.contract import OUTPUT
 from inference.errors import UserError
 from test.harness import engines, layout, readout, served
-from test.harness.findings import passed
 from test.support.miniature import make_ensemble
 from test.support.programs import messages
 

@@ -132,8 +132,8 @@ def test_export_writes_image_and_model(ensemble: Path, docker: Path, tmp_path: P
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["mine-model.tar.gz", "mine.tar.gz"]
     unpacked = subprocess.check_output(["gzip", "-dc", tmp_path / "out" / "mine.tar.gz"])
     assert unpacked == (tmp_path / "saved.tar").read_bytes()
-    assert "pass  one image" in done.stdout
-    assert "pass  model tarball" in done.stdout
+    assert "PASS  one image" in done.stdout
+    assert "PASS  model tarball" in done.stdout
     assert "Upload, at grand-challenge.org" in done.stdout
     assert "save me/mine:2" in (tmp_path / "calls").read_text().splitlines()  # one tag, by name
     for path in (tmp_path / "out").iterdir():
@@ -146,7 +146,7 @@ def test_an_image_that_would_be_refused_is_a_failed_export(ensemble: Path, docke
     options = ("--only", "image", "--image", "mine", "--output", str(tmp_path / "out"))
     done = run("export.sh", *options, DOCKER=str(docker))
     assert done.returncode == 1
-    assert "fail  the container runs as root" in done.stdout
+    assert "FAIL  the container runs as root" in done.stdout
     assert "would be refused, or fail on the platform" in done.stderr
     assert "Upload, at" not in done.stdout
 

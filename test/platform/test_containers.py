@@ -12,9 +12,9 @@ from random import Random
 
 import pytest
 
+from inference.checks import Check, passed
 from test.harness import __main__ as command_line
 from test.harness import engines, layout, readout
-from test.harness.findings import Finding, passed
 from test.harness.preflight import check_file
 from test.support.programs import make_stack, messages
 
@@ -57,7 +57,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., st
     docker("image", "rm", "--force", *tags)
 
 
-Outcome = tuple[engines.Run, list[Finding]]
+Outcome = tuple[engines.Run, list[Check]]
 
 
 @pytest.fixture
@@ -189,14 +189,14 @@ def test_weights_as_tarball_and_as_folder(
 def test_preflight_of_files_that_docker_saved(build: Callable[..., str], tmp_path: Path) -> None:
     good, root = build(), build(lines="")
 
-    def check(*tags: str) -> list[Finding]:
+    def check(*tags: str) -> list[Check]:
         path = tmp_path / f"{len(tags)}.tar"
         assert docker("save", "--output", path, *tags).returncode == 0
         return check_file(path)
 
     findings = check(good)
     assert passed(findings), messages(findings)
-    assert not any(finding.level == "warn" for finding in findings)
+    assert not any(finding.level == "WARN" for finding in findings)
     assert "runs as root" in messages(check(root))
     assert "only have 1 image, it has 2" in messages(check(good, root))
 
@@ -220,5 +220,5 @@ def test_the_real_image_passes_everything(
     code = command_line.main(arguments)
     table = capsys.readouterr().out
     assert code == 0, table
-    assert "warn" not in table
+    assert "WARN" not in table
     assert "spread" in json.loads((tmp_path / "details.json").read_text())["pages"][0]

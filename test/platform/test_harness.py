@@ -13,9 +13,9 @@ from random import Random
 import pytest
 from PIL import Image
 
+from inference.checks import passed
 from test.harness import __main__ as command_line
 from test.harness import engines, layout, readout
-from test.harness.findings import passed
 from test.harness.layout import ANSWER
 from test.support.programs import GOOD, WRITE, make_stack, messages, run_program
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from test.harness.findings import Finding, passed
+from inference.checks import Check, passed
 from test.harness.preflight import check_file, check_name_and_size, main
 
 PASSWD = "root:x:0:0:root:/root:/bin/bash\nuser:x:1000:1000::/home/user:/bin/bash\ntoor:x:0:0::/root:/bin/sh\n"
@@ -66,7 +66,7 @@ def saved(layers: list[bytes], config: dict[str, Any], images: int = 1) -> dict[
 
 
 @pytest.fixture
-def check(tmp_path: Path) -> Callable[..., list[Finding]]:
+def check(tmp_path: Path) -> Callable[..., list[Check]]:
     def run(
         settings: dict[str, Any] | None = None,
         files: dict[str, bytes | None] | None = None,
@@ -74,7 +74,7 @@ def check(tmp_path: Path) -> Callable[..., list[Finding]]:
         second: dict[str, bytes | None] | None = None,
         images: int = 1,
         **config: Any,
-    ) -> list[Finding]:
+    ) -> list[Check]:
         whole = {**CONFIG, **config, "config": {**CONFIG["config"], **(settings or {})}}
         layers = [tar_of(FILES | (files or {}), {"bin": "usr/bin"})] + ([tar_of(second)] if second else [])
         members = saved(layers, whole, images)
@@ -85,19 +85,19 @@ def check(tmp_path: Path) -> Callable[..., list[Finding]]:
     return run
 
 
-def failures(findings: list[Finding], level: str = "fail") -> str:
+def failures(findings: list[Check], level: str = "FAIL") -> str:
     return "\n".join(finding.message for finding in findings if finding.level == level)
 
 
-def test_a_good_image_passes_without_a_warning(check: Callable[..., list[Finding]]) -> None:
+def test_a_good_image_passes_without_a_warning(check: Callable[..., list[Check]]) -> None:
     findings = check()
     assert passed(findings)
-    assert failures(findings, "warn") == ""
-    assert "user user (number 1000, home /home/user)" in failures(findings, "pass")
+    assert failures(findings, "WARN") == ""
+    assert "user user (number 1000, home /home/user)" in failures(findings, "PASS")
 
 
 @pytest.mark.parametrize("user", ["", "root", "ROOT", "0", "0:0", "root:users"])
-def test_root_is_refused(check: Callable[..., list[Finding]], user: str) -> None:
+def test_root_is_refused(check: Callable[..., list[Check]], user: str) -> None:
     assert "runs as root" in failures(check({"User": user}))
 
 
@@ -114,7 +114,7 @@ def test_root_is_refused(check: Callable[..., list[Finding]], user: str) -> None
         ({"Labels": {" Org.Grand-Challenge.API-method ": "'serve'"}}, "api-method is 'serve'"),
     ],
 )
-def test_settings_that_fail(check: Callable[..., list[Finding]], settings: dict[str, Any], message: str) -> None:
+def test_settings_that_fail(check: Callable[..., list[Check]], settings: dict[str, Any], message: str) -> None:
     assert message in failures(check(settings))
 
 
@@ -129,33 +129,33 @@ def test_settings_that_fail(check: Callable[..., list[Finding]], settings: dict[
     ],
 )
 def test_settings_and_files_that_warn(
-    check: Callable[..., list[Finding]], settings: dict[str, Any], files: dict[str, bytes | None], message: str
+    check: Callable[..., list[Check]], settings: dict[str, Any], files: dict[str, bytes | None], message: str
 ) -> None:
     findings = check(settings, files)
     assert passed(findings)
-    assert message in failures(findings, "warn")
+    assert message in failures(findings, "WARN")
 
 
-def test_a_number_with_a_line_in_passwd_is_fine(check: Callable[..., list[Finding]]) -> None:
-    assert failures(check({"User": "1000:1000"}), "warn") == ""
+def test_a_number_with_a_line_in_passwd_is_fine(check: Callable[..., list[Check]]) -> None:
+    assert failures(check({"User": "1000:1000"}), "WARN") == ""
 
 
-def test_later_layers_remove_files(check: Callable[..., list[Finding]]) -> None:
+def test_later_layers_remove_files(check: Callable[..., list[Check]]) -> None:
     files: dict[str, bytes | None] = {"tmp": None, "tmp/cache": b"c"}
-    assert "under /tmp" not in failures(check(files=files, second={"tmp/.wh.cache": b"", "x": b""}), "warn")
-    assert "under /tmp" not in failures(check(files=files, second={"tmp/.wh..wh..opq": b"", "x": b""}), "warn")
-    assert "no /bin/bash" in failures(check(second={"usr/bin/.wh.bash": b"", "x": b""}), "warn")
+    assert "under /tmp" not in failures(check(files=files, second={"tmp/.wh.cache": b"", "x": b""}), "WARN")
+    assert "under /tmp" not in failures(check(files=files, second={"tmp/.wh..wh..opq": b"", "x": b""}), "WARN")
+    assert "no /bin/bash" in failures(check(second={"usr/bin/.wh.bash": b"", "x": b""}), "WARN")
 
 
-def test_architecture(check: Callable[..., list[Finding]]) -> None:
+def test_architecture(check: Callable[..., list[Check]]) -> None:
     assert "arm64 is not supported" in failures(check(architecture="arm64"))
 
 
-def test_two_images(check: Callable[..., list[Finding]]) -> None:
+def test_two_images(check: Callable[..., list[Check]]) -> None:
     assert "only have 1 image, it has 2" in failures(check(images=2))
 
 
-def test_manifest_is_missing_or_under_another_name(check: Callable[..., list[Finding]]) -> None:
+def test_manifest_is_missing_or_under_another_name(check: Callable[..., list[Check]]) -> None:
     def dotted(members: dict[str, bytes | None]) -> dict[str, bytes | None]:
         return {f"./{name}": data for name, data in members.items()}
 
@@ -166,7 +166,7 @@ def test_manifest_is_missing_or_under_another_name(check: Callable[..., list[Fin
     assert "could not find manifest.json (there is oci-layout)" in failures(check(edit=without))
 
 
-def test_config_is_missing_or_badly_named(check: Callable[..., list[Finding]]) -> None:
+def test_config_is_missing_or_badly_named(check: Callable[..., list[Check]]) -> None:
     def rename(members: dict[str, bytes | None], new: str, keep: bool) -> dict[str, bytes | None]:
         old = json.loads(members["manifest.json"] or b"")[0]["Config"]
         manifest = (members["manifest.json"] or b"").replace(old.encode(), new.encode())
@@ -178,7 +178,7 @@ def test_config_is_missing_or_badly_named(check: Callable[..., list[Finding]]) -
     assert passed(check(edit=lambda m: rename(m, f"sha256:{'a' * 64}", True)))  # crane
 
 
-def test_damaged_and_unreadable_files(check: Callable[..., list[Finding]], tmp_path: Path) -> None:
+def test_damaged_and_unreadable_files(check: Callable[..., list[Check]], tmp_path: Path) -> None:
     check()
     good = (tmp_path / "image.tar.gz").read_bytes()
     (tmp_path / "cut.tar.gz").write_bytes(good[: len(good) // 2])
@@ -195,27 +195,28 @@ def test_size_limits(tmp_path: Path) -> None:
         with path.open("wb") as stream:
             stream.truncate(int(size * 1e9))  # sparse
         findings = check_name_and_size(path)
-        assert message in failures(findings, "warn") + failures(findings)
+        assert message in failures(findings, "WARN") + failures(findings)
 
 
 def test_model_tarballs(tmp_path: Path) -> None:
+    """The form; what is in it is judged as a job judges it (test_both_judges)."""
+
     def write(name: str, files: dict[str, bytes | None], links: dict[str, str] | None = None) -> Path:
         data = tar_of(files, links)
         (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
         return tmp_path / name
 
     weights: dict[str, bytes | None] = {"ensemble.json": b"{}", "fold0/adapter_model.safetensors": b"w" * 2000}
-    assert passed(check_file(write("model.tar.gz", weights)))
+    assert "every job would fail: /opt/ml/model/ensemble.json" in failures(check_file(write("model.tar.gz", weights)))
     assert "gzip file" in failures(check_file(write("model.tar", weights)))
     nested = {f"default/{name}": data for name, data in weights.items()}
     assert "expected at the top" in failures(check_file(write("nested.tar.gz", nested)))
     assert "could not be extracted" in failures(check_file(write("link.tar.gz", weights, {"base": "/etc/passwd"})))
-    assert "pickle" in failures(check_file(write("pickle.tar.gz", weights | {"model.pt": b""})), "warn")
 
 
-def test_command_line(check: Callable[..., list[Finding]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line(check: Callable[..., list[Check]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check()
     assert main([str(tmp_path / "image.tar.gz")]) == 0
-    assert "pass  architecture amd64" in capsys.readouterr().out
+    assert "PASS  architecture amd64" in capsys.readouterr().out
     assert main([str(tmp_path / "none.tar.gz")]) == 1
     assert "Fix: run ./export.sh" in capsys.readouterr().out

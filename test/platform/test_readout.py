@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from test.harness.findings import passed
+from inference.checks import passed
 from test.support.programs import GOOD, WRITE, messages, run_program
 
 
 def test_a_good_program_passes_silently(tmp_path: Path) -> None:
     ended, answers, findings = run_program(tmp_path, WRITE)
     assert passed(findings)
-    assert messages(findings, "warn") == ""
+    assert messages(findings, "WARN") == ""
     assert answers == [{"class": "normal", "confidence": k / 10} for k in range(3)]
     assert ended.code == 0
     assert ended.peak_mib > 1
@@ -55,7 +55,7 @@ def test_broken_programs_fail(tmp_path: Path, program: str, message: str) -> Non
     _, answers, findings = run_program(tmp_path, program)
     assert message in messages(findings)
     assert answers is None
-    assert all(finding.fix for finding in findings if finding.level != "pass")
+    assert all(finding.fix for finding in findings if finding.level != "PASS")
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_broken_programs_fail(tmp_path: Path, program: str, message: str) -> Non
 def test_doubtful_programs_are_warned_of(tmp_path: Path, program: str, message: str) -> None:
     _, answers, findings = run_program(tmp_path, program)
     assert passed(findings)
-    assert message in messages(findings, "warn")
+    assert message in messages(findings, "WARN")
     assert answers
 
 

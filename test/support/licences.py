@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LOCKS = {
     "requirements.txt": "In the image",
     "requirements/train.txt": "For training, in addition",
+    "requirements/bases.txt": "For base weights, in addition",
     "requirements/ray.txt": "For a cluster, in addition",
     "requirements/slides.txt": "For whole slides, in addition",
     "requirements/dev.txt": "For tests, in addition",

@@ -8,8 +8,8 @@ from random import Random
 
 from PIL import Image
 
+from inference.checks import Check
 from test.harness import engines, layout, readout
-from test.harness.findings import Finding
 from test.support.stacks import write_stack
 
 GOOD = """
@@ -19,7 +19,7 @@ answers = [{"class": "normal", "confidence": k / 10} for k in range(3)]
 path = target + "/multiple-mitotic-figure-classification.json"
 """
 WRITE = GOOD + "json.dump(answers, open(path, 'w'))\n"
-Outcome = tuple[engines.Run, "list[dict[str, object]] | None", list[Finding]]
+Outcome = tuple[engines.Run, "list[dict[str, object]] | None", list[Check]]
 
 
 def make_stack(path: Path, pages: int = 3) -> Path:
@@ -38,6 +38,6 @@ def run_program(folder: Path, program: str, weights: Path | None = None, **limit
     return run, *readout.judge(run, layout.count_pages(stack))
 
 
-def messages(findings: list[Finding], level: str = "fail") -> str:
+def messages(findings: list[Check], level: str = "FAIL") -> str:
     """The messages of one level, a line each."""
     return "\n".join(finding.message for finding in findings if finding.level == level)

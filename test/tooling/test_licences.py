@@ -33,8 +33,10 @@ def test_no_licence_is_refused_or_unknown() -> None:
 
 
 def test_the_locks_agree_and_are_hashed() -> None:
-    job, train, ray, slides, dev = (locked(ROOT / lock) for lock in LOCKS)
+    job, train, bases, ray, slides, dev = (locked(ROOT / lock) for lock in LOCKS)
     for extra in (train, ray, slides):
         assert job.items() <= extra.items() <= dev.items()
+    together = {**bases, **dev, **job}  # a base is made with what is installed for the job, for training or for tests
+    assert all(together[name] == version for name, version in bases.items())
     assert "--require-hashes" in (ROOT / "Dockerfile").read_text()
-    assert not {"peft", "ray", "atheris", "pytest", "opencv-python-headless"} & job.keys()
+    assert not {"peft", "onnx", "ray", "atheris", "pytest", "opencv-python-headless"} & job.keys()

@@ -1,0 +1,50 @@
+"""What a check found, as one line with what to do about it, and where the container engine is: for doctor and harness.
+
+Standard library only: both run where nothing is installed yet.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+Level = Literal["PASS", "WARN", "FAIL"]
+COLOURS = {"PASS": "32", "WARN": "33", "FAIL": "31"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One result. `message` says what was found and expected, `fix` what to do; both are single lines."""
+
+    level: Level
+    message: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        label = f"\033[{COLOURS[self.level]}m{self.level}\033[0m" if sys.stdout.isatty() else self.level
+        return f"{label}  {self.message}" + (f". Fix: {self.fix}" if self.fix else "")
+
+
+def passed(checks: Iterable[Check]) -> bool:
+    """True when nothing failed; warnings do not count."""
+    return all(check.level != "FAIL" for check in checks)
+
+
+@cache
+def docker() -> str | None:
+    """The first Docker client that reaches an engine, or None. Scripts ask `test/engine.sh client`.
+
+    Debian's own comes first, because another one on the PATH may lack the plugin that it builds with.
+    """
+    for client in os.environ.get("DOCKER", "/usr/bin/docker docker").split():
+        try:
+            if subprocess.run([client, "info"], capture_output=True, timeout=20).returncode == 0:
+                return client
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+    return None
