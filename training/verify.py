@@ -1,0 +1,140 @@
+"""Compare an ensemble's fused folds with the reference libraries: timm's model, PEFT's own merge, crop by crop, fp32.
+
+What the container computes is this project's own code. This command loads the same folder the way anybody else would,
+and says for each fold how far the logits differ, and what either way takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel
+
+from inference.backbones import build, lookup
+from inference.device import choose_device
+from inference.ensemble import Ensemble
+from inference.errors import UserError
+from inference.imageio.listing import list_crops
+from inference.imageio.stack import read_stack
+from inference.manifest import Manifest, load_manifest
+from inference.preprocess import Preprocess, to_batch, views
+
+from .lora import load_base
+
+GENERATED = 4  # crops without --data
+MOST = 16  # crops of --data: the plain path takes seconds for each on a foundation model
+TOLERANCE = 1e-5  # of logits, relative to the largest where that is above 1; rounding of fp32 stays below it
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ensemble", type=Path, help="an ensemble folder, such as weights/mine")
+    parser.add_argument(
+        "--data", type=Path, help=f"a folder, file or CSV of crops; its first {MOST} are taken (default: generated)"
+    )
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+
+
+def run(options: argparse.Namespace) -> None:
+    crops, origin = choose_crops(options.data)
+    with torch.backends.cudnn.flags(allow_tf32=False):  # a GPU would round convolutions to ten bits
+        found = verify(options.ensemble, crops, options.device, origin)
+    if found:
+        raise UserError(
+            f"{options.ensemble}: FAIL, {found}; expected what timm and PEFT compute; do not upload it, export it again"
+        )
+    print("PASS")
+
+
+def choose_crops(data: Path | None) -> tuple[list[np.ndarray], str]:
+    """Crops uint8 (H, W, 3), and in words where they are from."""
+    if data is None:
+        generator = np.random.default_rng(0)
+        shape = (GENERATED, 128, 128, 3)
+        return list(generator.integers(256, size=shape, dtype=np.uint8)), f"{GENERATED} generated crops"
+    crops: list[np.ndarray] = []
+    items = list_crops([data])
+    for item in items:
+        pages = read_stack(Path(item.path))
+        crops += pages if item.page is None else [pages[item.page]]
+        if len(crops) >= MOST:
+            break
+    return crops[:MOST], f"the first {len(crops[:MOST])} crops of {data}"
+
+
+@dataclass(frozen=True)
+class Cost:
+    seconds: float
+    gib: float
+
+
+def measure(device: torch.device, work: Callable[[], np.ndarray]) -> tuple[np.ndarray, Cost]:
+    """What `work` returns, its seconds, and the peak of memory meanwhile: the GPU's, or this whole process's."""
+    gc.collect()
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak starts again from what is resident
+    start = time.perf_counter()
+    result = work()
+    seconds = time.perf_counter() - start
+    if cuda:
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        status = Path("/proc/self/status").read_text()
+        peak = 1024 * int(status.split("VmHWM:")[1].split()[0])
+    return result, Cost(seconds, peak / 2**30)
+
+
+def verify(folder: Path, crops: Sequence[np.ndarray], device: str, origin: str) -> str:
+    """Print the comparison; returns what is wrong, or nothing. UserError where the folder cannot be loaded."""
+    manifest, place = load_manifest(folder), choose_device(device)
+    fused, ours = measure(place, lambda: Ensemble.load(folder, device, "fp32").predict(crops).logits)  # (F, V, N)
+    alone = lambda fold, dtype=torch.float32: fold_logits(manifest, fold, crops, place, dtype)  # noqa: E731
+    plain, theirs = measure(place, lambda: np.stack([alone(fold) for fold in manifest.folds]))
+    print(
+        f"{folder}: {manifest.backbone}, {len(manifest.folds)} folds, {fused.shape[1]} views, {origin}, fp32 on {place}"
+    )
+    problem = ""
+    for number, fold in enumerate(manifest.folds):
+        difference = float(np.abs(fused[number] - plain[number]).max())
+        allowed = TOLERANCE * max(1.0, float(np.abs(plain[number]).max()))
+        if not difference <= allowed:  # how coarse is fp32 itself here? a random or a very deep network needs more room
+            exact = alone(fold, torch.float64)
+            difference = float(np.abs(fused[number] - exact).max())
+            allowed = max(allowed, 2 * float(np.abs(plain[number] - exact).max()))
+        passed = difference <= allowed
+        print(f"{fold.name}: logits differ by at most {difference:.1e}, allowed {allowed:.1e}: {verdict(passed)}")
+        if not passed and not problem:
+            problem = f"{fold.name}'s logits differ by {difference:.1e}, allowed {allowed:.1e}"
+    print(f"fused        {ours.seconds:8.1f} s {ours.gib:7.2f} GiB  loaded, all folds in one pass")
+    print(f"timm + PEFT  {theirs.seconds:8.1f} s {theirs.gib:7.2f} GiB  loaded, fold after fold, crop by crop")
+    return problem
+
+
+def verdict(passed: bool) -> str:
+    return "PASS" if passed else "FAIL"
+
+
+def fold_logits(
+    manifest: Manifest, fold: Path, crops: Sequence[np.ndarray], device: torch.device, dtype: torch.dtype
+) -> np.ndarray:
+    """Logits (V, N) of one fold by timm and PEFT alone; only the resized crops come from this project."""
+    model = build(manifest.backbone, 1, manifest.pool)
+    load_base(model, manifest.base, lookup(manifest.backbone).head)
+    merged = PeftModel.from_pretrained(model, fold).merge_and_unload().to(device, dtype).eval()
+    preprocess = Preprocess(**manifest.preprocess)
+    answers = []
+    with torch.inference_mode():
+        for crop in crops:
+            batch = views(to_batch([crop], preprocess), manifest.tta).to(device, dtype)
+            answers.append(merged(batch)[:, 0].double().cpu().numpy())
+    return np.stack(answers, axis=1)
