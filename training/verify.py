@@ -23,7 +23,7 @@ from inference.ensemble import Ensemble
 from inference.errors import UserError
 from inference.imageio.listing import list_crops
 from inference.imageio.stack import read_stack
-from inference.manifest import Manifest, load_manifest
+from inference.manifest import Member, load_manifest
 from inference.preprocess import Preprocess, to_batch, views
 
 from .lora import load_base
@@ -74,7 +74,7 @@ class Cost:
     gib: float
 
 
-def measure(device: torch.device, work: Callable[[], np.ndarray]) -> tuple[np.ndarray, Cost]:
+def measure(device: torch.device, work: Callable[[], list[np.ndarray]]) -> tuple[list[np.ndarray], Cost]:
     """What `work` returns, its seconds, and the peak of memory meanwhile: the GPU's, or this whole process's."""
     gc.collect()
     cuda = device.type == "cuda"
@@ -97,20 +97,21 @@ def measure(device: torch.device, work: Callable[[], np.ndarray]) -> tuple[np.nd
 def verify(folder: Path, crops: Sequence[np.ndarray], device: str, origin: str) -> str:
     """Print the comparison; returns what is wrong, or nothing. UserError where the folder cannot be loaded."""
     manifest, place = load_manifest(folder), choose_device(device)
-    fused, ours = measure(place, lambda: Ensemble.load(folder, device, "fp32").predict(crops).logits)  # (F, V, N)
-    alone = lambda fold, dtype=torch.float32: fold_logits(manifest, fold, crops, place, dtype)  # noqa: E731
-    plain, theirs = measure(place, lambda: np.stack([alone(fold) for fold in manifest.folds]))
-    print(
-        f"{folder}: {manifest.backbone}, {len(manifest.folds)} folds, {fused.shape[1]} views, {origin}, fp32 on {place}"
-    )
+    folds = [(member, fold) for member in manifest.members for fold in member.folds]
+    together = lambda: [fold for z in Ensemble.load(folder, device, "fp32").predict(crops).logits for fold in z]  # noqa: E731
+    alone = lambda member, fold, dtype=torch.float32: fold_logits(member, fold, crops, place, dtype)  # noqa: E731
+    fused, ours = measure(place, together)  # of each fold (V, N)
+    plain, theirs = measure(place, lambda: [alone(*fold) for fold in folds])
+    kinds = " + ".join(f"{member.backbone} with {len(member.folds)} folds" for member in manifest.members)
+    print(f"{folder}: {kinds}, {origin}, fp32 on {place}")
     problem = ""
-    for number, fold in enumerate(manifest.folds):
-        difference = float(np.abs(fused[number] - plain[number]).max())
-        allowed = TOLERANCE * max(1.0, float(np.abs(plain[number]).max()))
+    for (member, fold), found, expected in zip(folds, fused, plain, strict=True):
+        difference = float(np.abs(found - expected).max())
+        allowed = TOLERANCE * max(1.0, float(np.abs(expected).max()))
         if not difference <= allowed:  # how coarse is fp32 itself here? a random or a very deep network needs more room
-            exact = alone(fold, torch.float64)
-            difference = float(np.abs(fused[number] - exact).max())
-            allowed = max(allowed, 2 * float(np.abs(plain[number] - exact).max()))
+            exact = alone(member, fold, torch.float64)
+            difference = float(np.abs(found - exact).max())
+            allowed = max(allowed, 2 * float(np.abs(expected - exact).max()))
         passed = difference <= allowed
         print(f"{fold.name}: logits differ by at most {difference:.1e}, allowed {allowed:.1e}: {verdict(passed)}")
         if not passed and not problem:
@@ -125,16 +126,16 @@ def verdict(passed: bool) -> str:
 
 
 def fold_logits(
-    manifest: Manifest, fold: Path, crops: Sequence[np.ndarray], device: torch.device, dtype: torch.dtype
+    member: Member, fold: Path, crops: Sequence[np.ndarray], device: torch.device, dtype: torch.dtype
 ) -> np.ndarray:
     """Logits (V, N) of one fold by timm and PEFT alone; only the resized crops come from this project."""
-    model = build(manifest.backbone, 1, manifest.pool)
-    load_base(model, manifest.base, lookup(manifest.backbone).head)
+    model = build(member.backbone, 1, member.pool)
+    load_base(model, member.base, lookup(member.backbone).head)
     merged = PeftModel.from_pretrained(model, fold).merge_and_unload().to(device, dtype).eval()
-    preprocess = Preprocess(**manifest.preprocess)
+    preprocess = Preprocess(**member.preprocess)
     answers = []
     with torch.inference_mode():
         for crop in crops:
-            batch = views(to_batch([crop], preprocess), manifest.tta).to(device, dtype)
+            batch = views(to_batch([crop], preprocess), member.tta).to(device, dtype)
             answers.append(merged(batch)[:, 0].double().cpu().numpy())
     return np.stack(answers, axis=1)

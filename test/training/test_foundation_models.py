@@ -10,7 +10,8 @@ import torch
 from accelerate.state import AcceleratorState
 
 from inference.backbones import BACKBONES
-from inference.manifest import load_manifest, sha256
+from inference.checksums import sha256
+from inference.manifest import load_manifest
 from test.support.published import meta_names, shrink, transformers_model
 from test.support.tables import tiny_table
 from training.__main__ import main
@@ -47,8 +48,8 @@ def test_a_road_from_the_published_file_to_verified_weights(name, tmp_path, monk
     assert main(["verify", str(ensemble), "--data", str(data), "--device", "cpu"]) == 0
 
     assert capsys.readouterr().out.endswith("PASS\n")
-    manifest = load_manifest(ensemble)
-    assert manifest.base_sha256 == sha256(base) and manifest.licence["base"] == BACKBONES[name].licence
-    for fold in manifest.folds:
+    (member,) = load_manifest(ensemble).members
+    assert member.base_sha256 == sha256(base) and member.licence["base"] == BACKBONES[name].licence
+    for fold in member.folds:
         config = json.loads(Path(fold, "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == BACKBONES[name].source
