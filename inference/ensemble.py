@@ -16,7 +16,7 @@ from . import manifest as manifests
 from .adapters import Weights
 from .averaging import average
 from .backbones import lookup
-from .checksums import check_ensemble
+from .checksums import check_ensemble, check_hashes
 from .device import DTYPES, choose_device, choose_precision, keep_freed_memory
 from .errors import UserError
 from .exits import is_device_memory
@@ -152,6 +152,8 @@ class Member:
                 raise UserError(
                     f"the logits of {self.about.name} are not finite in fp32; expected finite ones; export it again"
                 )
+            # the files are read again: they may have been replaced since they were checked
+            check_hashes([(self.about.base, self.about.base_sha256), *self.about.files.items()])
             self.recomputed += len(crops)
             return self._logits(crops, tta, weights.convert_to(torch.float32))
         return out

@@ -1,7 +1,9 @@
-"""`python -m inference serve`: the platform's `invoke` interface. The ensemble is loaded once, each task is a request.
+"""`python -m inference serve`: the ensemble is loaded once, each task is a request. The platform's `invoke`, and more.
 
     GET  /health   200 once the ensemble is loaded and has computed; before that nobody listens
     POST /invoke   one task, /input to /output as in a job: 201, or 500 and one line on stderr where it fails
+    POST /score    crops in the request, probabilities in the answer: see inference/score_request.py
+    GET  /         which ensemble answers, and what it expects; GET /openapi.json describes all of these
 
 Tasks run one at a time in one thread, whatever number is asked at once. Nothing of a task is kept: the answers of the
 one before are removed first, and input is read anew. TERM ends the server with exit code 0, after the task that runs.
@@ -13,16 +15,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import select
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import score_request
 from .commandline import add_ensemble_options
 from .errors import UserError
 from .exits import describe, log, stderr_in_log
@@ -33,7 +40,8 @@ if TYPE_CHECKING:
     from .ensemble import Ensemble
 
 PORT = 4743  # the platform's
-BODY = 1 << 20  # bytes of a request that are read, to be ignored
+BODY = 1 << 20  # bytes of a request to /invoke that are read, to be ignored
+OPENAPI = Path(__file__).with_name("openapi.json")
 
 Answer = tuple[int, dict[str, Any]]
 
@@ -56,13 +64,27 @@ def run_task(ensemble: Ensemble, input_dir: Path, output_dir: Path) -> dict[str,
     return {"pages": len(prediction.p_atypical), "seconds": round(sum(clock.seconds.values()), 3)}
 
 
+@dataclass(frozen=True)
+class Scorer:
+    """What answers `GET /` and `POST /score`."""
+
+    about: dict[str, Any]
+    score: Callable[[score_request.Request], dict[str, Any]]
+
+
 class Server(ThreadingHTTPServer):
-    """Answers /health at any time and hands /invoke to `task`, in the one thread of `pool`."""
+    """Answers /health at any time and hands /invoke to `task`, and /score to `scorer`, in the one thread of `pool`."""
 
     daemon_threads = True  # an idle connection must not hold up the end
 
-    def __init__(self, address: tuple[str, int], pool: ThreadPoolExecutor, task: Callable[[], dict[str, Any]]) -> None:
-        self.pool, self.task = pool, task
+    def __init__(
+        self,
+        address: tuple[str, int],
+        pool: ThreadPoolExecutor,
+        task: Callable[[], dict[str, Any]],
+        scorer: Scorer | None = None,
+    ) -> None:
+        self.pool, self.task, self.scorer = pool, task, scorer
         self.turn = threading.Lock()  # held while a task runs and is answered
         self.stopping = False
         try:
@@ -84,6 +106,19 @@ class Server(ThreadingHTTPServer):
         log(f"task: {done['pages']} pages, {done['seconds']:.3f} seconds")
         return 201, done
 
+    def score(self, request: score_request.Request) -> Answer:
+        """Answers one request for crops; a failure is its caller's to hear, and no line on stderr."""
+        assert self.scorer is not None
+        try:
+            with stderr_in_log():
+                return 200, self.scorer.score(request)
+        except Exception as error:
+            return 500, {"error": describe(error)}
+
+    def handle_error(self, *_: object) -> None:
+        """A connection that ended early: a line in the log, and none on stderr, which marks a task with a warning."""
+        log(f"note: a connection failed ({type(sys.exception()).__name__})")
+
     def stop(self, *_: object) -> None:
         """Stops listening; called by a signal, so another thread waits for the loop to end."""
         self.stopping = True
@@ -97,19 +132,63 @@ class Handler(BaseHTTPRequestHandler):
     timeout = 60  # seconds for a client to send its request
 
     def do_GET(self) -> None:
-        self.answer(*((200, {"status": "ready"}) if self.path == "/health" else unknown(self.path)))
+        scorer = self.server.scorer
+        if self.path == "/health":
+            self.answer(200, {"status": "ready"})
+        elif self.path == "/" and scorer:
+            self.answer(200, scorer.about)
+        elif self.path == "/openapi.json":
+            self.answer(200, json.loads(OPENAPI.read_text(encoding="utf-8")))
+        else:
+            self.answer(*unknown(self.path))
 
     def do_POST(self) -> None:
-        length = self.headers.get("Content-Length", "0")
-        self.rfile.read(min(int(length), BODY) if length.isdecimal() else 0)  # unread bytes would reset the connection
-        if self.path != "/invoke":
-            self.answer(*unknown(self.path))
+        scoring = self.path == "/score" and self.server.scorer is not None
+        limit = score_request.BYTES if scoring else BODY
+        try:
+            body = self.body(limit, whole=scoring)
+            if self.path == "/invoke":
+                work = self.server.invoke
+            elif scoring:
+                request = score_request.parse(self.headers.get("Content-Type", ""), body)
+                work = partial(self.server.score, request)
+            else:
+                self.answer(*unknown(self.path))
+                return
+        except UserError as error:
+            self.answer(400, {"error": str(error)})
             return
         with self.server.turn:
-            if self.server.stopping:
+            if self.left():
+                log("note: a caller left before its turn")
+            elif self.server.stopping:
                 self.answer(503, {"error": "the server is stopping"})
             else:
-                self.answer(*self.server.pool.submit(self.server.invoke).result())
+                self.answer(*self.server.pool.submit(work).result())
+
+    def body(self, limit: int, whole: bool) -> bytes:
+        """The request's body. UserError where it is cut short, of no known length, or, if `whole`, beyond the limit.
+
+        Up to `limit` bytes are read in any case: unread ones would reset the connection before the answer is read.
+        """
+        text = self.headers.get("Content-Length", "" if whole else "0")
+        if not (text.isascii() and text.isdecimal() and len(text) < 19):
+            raise UserError(f"Content-Length is {text!r:.40}; expected a number of bytes")
+        length = int(text)
+        if whole and length > limit:
+            raise UserError(f"the request has {length:,} bytes; expected at most {limit:,}; split it")
+        body = self.rfile.read(min(length, limit))
+        if len(body) < min(length, limit):
+            raise UserError(f"the request ended after {len(body):,} of {length:,} bytes; expected all of them")
+        return body
+
+    def left(self) -> bool:
+        """Whether the caller has closed its side: what waited in front of others is not computed for nobody."""
+        try:
+            readable = select.select([self.connection], [], [], 0)[0]
+            return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return True
 
     def answer(self, status: int, content: dict[str, Any]) -> None:
         body = json.dumps(content).encode()
@@ -127,7 +206,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def unknown(path: str) -> Answer:
-    return 404, {"error": f"nothing at {path[:100]}; expected GET /health or POST /invoke"}
+    return 404, {
+        "error": f"nothing at {path[:100]}; expected GET /, /health or /openapi.json, or POST /invoke or /score"
+    }
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -149,7 +230,9 @@ def run(options: argparse.Namespace) -> None:
             ensemble = pool.submit(
                 load, options.weights or default_ensemble(), options.device, options.precision
             ).result()
-        server = Server((options.host, options.port), pool, lambda: run_task(ensemble, options.input, options.output))
+        scorer = Scorer(score_request.about(ensemble), partial(score_request.score, ensemble))
+        task = partial(run_task, ensemble, options.input, options.output)
+        server = Server((options.host, options.port), pool, task, scorer)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, server.stop)
         log(f"ensemble {ensemble.manifest.name}, device {ensemble.device.type}, precision {ensemble.precision}")

@@ -138,9 +138,11 @@ def check_outputs(options: argparse.Namespace, found: Collected, manifest: Manif
     slides = list(found.slides)
     inputs = [*options.detections, *slides]
     if options.output:
-        single = options.output.suffix.lower() in outputs.GEOJSON
+        single = options.output.suffix.lower() in outputs.GEOJSON or options.output.is_file()
         if single and len(slides) > 1:
             raise UserError(f"--output {options.output} for {len(slides):,} slides; expected a folder; name one")
+        if single and options.output.suffix.lower() not in outputs.GEOJSON:
+            raise UserError(f"{options.output} is a file; expected a folder, or a name that ends in .geojson")
         if not single:
             options.output.mkdir(parents=True, exist_ok=True)
         files = [outputs.geojson_file(options.output, slide) for slide in slides]

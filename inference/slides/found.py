@@ -55,5 +55,7 @@ def class_of(feature: Feature) -> str:
     kind = properties.get("classification") if isinstance(properties, dict) else None
     if isinstance(kind, dict):
         names = kind.get("names")
-        return ": ".join(map(str, names)) if isinstance(names, list) else str(kind.get("name") or "")
+        if isinstance(names, list):
+            return ": ".join(map(str, names))
+        kind = kind.get("name")  # TIAToolbox writes numbers, 0 among them
     return "" if kind is None else str(kind)

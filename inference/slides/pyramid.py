@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # AMi-Br's crops are the scanners' own pixels, 0.23 um/px (Hamamatsu) to 0.25 (Aperio; Aubreville et al. 2023, table 1)
 NEAR = 0.1  # so a level that is no further from the wanted um/px, as a share of it, is taken as it is
-CONVERT = (".czi", ".vsi", ".ets", ".lif", ".isyntax")  # what scanners write and OpenSlide does not read
+CONVERT = (".czi", ".vsi", ".ets", ".lif", ".isyntax")  # OpenSlide 4 reads some CZI files, and none of the others
 CONVERT_BY = "convert it with bfconvert (Bio-Formats) or QuPath to a tiled OME-TIFF"
 PLAUSIBLE = 0.05, 5.0  # um/px of a slide; 72 dpi, which many programs write without a thought, would be 353
 
@@ -51,17 +51,17 @@ def open_slide(file: Path) -> OpenSlide | ImageSlide:
     except Image.DecompressionBombError:
         raise UserError("is a flat image of too many pixels; expected a tiled, pyramidal one; convert it") from None
     except OpenSlideError as error:
-        raise UserError(f"cannot be read by OpenSlide ({error}); expected a slide in one of its formats") from None
+        raise UserError(unreadable(file, str(error))) from None
     except (OSError, ValueError, SyntaxError) as error:  # PIL has all three for a damaged file
-        raise UserError(cannot_open(file, getattr(error, "strerror", None))) from None
+        reason = getattr(error, "strerror", None) or ("embedded null byte" if "\0" in str(file) else None)
+        if reason is None:
+            raise UserError(unreadable(file, "no format that it knows")) from None
+        raise UserError(f"cannot be opened ({reason}); expected a slide; check the path") from None
 
 
-def cannot_open(file: Path, reason: str | None) -> str:
-    if reason is not None or "\0" in str(file):
-        return f"cannot be opened ({reason or 'embedded null byte'}); expected a slide; check the path"
-    if file.suffix.lower() in CONVERT:
-        return f"is {file.suffix[1:].upper()}, which OpenSlide cannot read; expected another format; {CONVERT_BY}"
-    return "cannot be read by OpenSlide (no format that it knows); expected a slide in one of its formats"
+def unreadable(file: Path, reason: str) -> str:
+    how = f"; {CONVERT_BY}" if file.suffix.lower() in CONVERT else ""
+    return f"cannot be read by OpenSlide ({reason}); expected a slide in one of its formats{how}"
 
 
 def choose_level(slide: OpenSlide | ImageSlide, mpp: float, fallback: float | None) -> Level:

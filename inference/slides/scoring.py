@@ -159,6 +159,8 @@ def score_slide(
             known = float(prediction.p_atypical[k]), tuple(folds), tuple(members) if len(members) > 1 else ()
             fresh.append((keys[n], known))
             answers[n] = answer(n, known)
+        if slide.changed():  # all of these crops were read before this: none is of another file
+            raise UserError("it changed while it was read; expected it to stay; run the same command again")
         journal.add(fresh)
         new += len(batch)
         seconds = time.perf_counter() - start

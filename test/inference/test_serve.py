@@ -86,7 +86,7 @@ def test_tasks_of_a_real_server_do_not_meet(ensemble: Path, tmp_path: Path) -> N
             assert ("error" in content) == (status != 201)
             assert answer.exists() == (status == 201)  # also the answers of the task before are gone
             answers.append(answer.read_bytes() if answer.exists() else None)
-        assert call(port, "GET", "/")[0] == call(port, "POST", "/health")[0] == 404
+        assert call(port, "GET", "/")[0] == 200 and call(port, "POST", "/health")[0] == 404
     finally:
         server.send_signal(signal.SIGTERM)
         out, err = server.communicate(timeout=30)

@@ -1,0 +1,314 @@
+"""`python -m inference slides`: detections on generated slides in, classes on the same slides out."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inference.ensemble import Ensemble
+from inference.errors import UserError
+from inference.slides import reader, scoring, statistics
+from test.support import detection_files as files
+from test.support.commands import inference
+from test.support.pyramids import FIGURES, pyramid, write_slide
+
+PLACES = list(FIGURES)
+
+
+def run(miniature: Path, *arguments: object) -> int:
+    return inference("slides", *arguments, "--weights", miniature, "--device", "cpu", "--precision", "fp32")
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def features_of(file: Path) -> list[dict[str, Any]]:
+    return json.loads(file.read_text())["features"]
+
+
+def test_answers_are_those_of_the_same_pixels_and_go_back_to_their_objects(slide, drawn, miniature, tmp_path) -> None:
+    detections = files.qupath_polygons(tmp_path / "found.geojson", PLACES)
+    before = detections.read_bytes(), slide.read_bytes()
+    out, table = tmp_path / "out.geojson", tmp_path / "out.csv"
+    assert run(miniature, detections, "--slide", slide, "--output", out, "--csv", table) == 0
+    crops = [drawn[y - 64 : y + 64, x - 64 : x + 64] for x, y in PLACES]
+    expected = Ensemble.load(miniature, "cpu", "fp32").predict(crops)
+    np.testing.assert_allclose([float(row["p_atypical"]) for row in rows_of(table)], expected.p_atypical, atol=1e-6)
+    assert np.ptp(expected.p_atypical) > 1e-4
+    for n, (old, new) in enumerate(zip(features_of(detections), features_of(out), strict=True)):
+        assert (old["id"], old["geometry"]) == (new["id"], new["geometry"])
+        measured = new["properties"]["measurements"]
+        assert measured["P(atypical)"] == pytest.approx(expected.p_atypical[n], abs=1e-6)
+        assert measured["P(atypical) fold 1"] == pytest.approx(expected.fold_p[1, n], abs=1e-6)
+        assert measured["P(atypical) spread"] == pytest.approx(expected.spread[n], abs=1e-6)
+        assert measured["Detection probability"] == old["properties"]["measurements"]["Detection probability"]
+    assert (detections.read_bytes(), slide.read_bytes()) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["found.geojson", "out.csv", "out.geojson"]
+
+
+@pytest.mark.parametrize("name", files.MAKERS)
+def test_every_format_gives_the_same_answers(name, slide, miniature, tmp_path) -> None:
+    detections = files.MAKERS[name](tmp_path / name, [(float(x), float(y)) for x, y in PLACES])
+    assert run(miniature, detections, "--slide", slide, "--csv", tmp_path / "out.csv") == 0
+    found = rows_of(tmp_path / "out.csv")
+    assert [(float(row["x"]), float(row["y"])) for row in found] == PLACES
+    expected = {"700,301", "333,900", "1101,777"}
+    assert {f"{row['x']},{row['y']}" for row in found} == expected and len({row["p_atypical"] for row in found}) == 3
+
+
+def test_what_cannot_be_scored_is_named_and_the_rest_is(slide, drawn, miniature, tmp_path, capsys) -> None:
+    shutil.copy(slide, tmp_path / "case.tif")
+    rows = files.features([*PLACES, (9000, 5), (-1, 5), (150, 120), PLACES[0], (600, 600)])
+    rows[-1]["geometry"]["coordinates"] = [None, 1]
+    detections = files.write_json(tmp_path / "case.geojson", rows)
+    assert run(miniature, detections, "--output", tmp_path / "out.geojson") == 3
+    output = capsys.readouterr()
+    lines = output.err.splitlines()
+    for where, reason in [
+        ("feature 4", "it lies outside the slide's 1,300 x 1,000 pixels"),
+        ("feature 5", "it lies outside"),
+        ("feature 6", "it lies on blank glass"),
+        ("feature 7", "it lies where case.geojson, feature 1 does"),
+        ("feature 8", "x is None; expected a number"),
+    ]:
+        assert sum(line.startswith(f"not scored: case.geojson, {where}: {reason}") for line in lines) == 1, (
+            where,
+            lines,
+        )
+    assert lines[-1] == "5 of 8 detections could not be scored" and len(lines) == 6
+    assert [one["id"] for one in features_of(tmp_path / "out.geojson")] == [files.uuid(n) for n in range(3)]
+    assert "3 of 8 detections on 1 slides" in output.out
+
+
+def test_a_damaged_tile_costs_only_its_own_crops(drawn, miniature, tmp_path, capsys) -> None:
+    noisy = np.random.default_rng(0).integers(0, 255, drawn.shape, dtype=np.uint8)
+    file = write_slide(tmp_path / "s.tif", [noisy])
+    with tifffile.TiffFile(file) as tiff:
+        offset, count = tiff.pages[0].dataoffsets[0], tiff.pages[0].databytecounts[0]  # type: ignore[union-attr]
+    data = bytearray(file.read_bytes())
+    data[offset : offset + count] = b"\xff" * count
+    file.write_bytes(data)
+    places = [(x, y) for y in range(100, 1000, 200) for x in range(100, 1300, 200)]
+    assert run(miniature, files.qupath(tmp_path / "s.geojson", places), "--csv", tmp_path / "out.csv") == 3
+    whole = [(x, y) for x, y in places if x - 64 >= 256 or y - 64 >= 256]
+    assert [(int(row["x"]), int(row["y"])) for row in rows_of(tmp_path / "out.csv")] == whole
+    assert capsys.readouterr().err.count("the slide is damaged there") == len(places) - len(whole) > 0
+
+
+def test_a_slide_that_is_replaced_while_it_is_read_counts_for_nothing(
+    drawn, miniature, tmp_path, capsys, monkeypatch
+) -> None:
+    write_slide(tmp_path / "s.tif", [drawn])
+    looked = scoring.look
+
+    def look_and_replace(crop: Any) -> np.ndarray:
+        write_slide(tmp_path / "s.tif", [drawn // 2])
+        return looked(crop)
+
+    monkeypatch.setattr(scoring, "look", look_and_replace)
+    with pytest.raises(UserError, match="none of 3 detections could be scored"):
+        run(miniature, files.qupath(tmp_path / "s.geojson", PLACES), "--csv", tmp_path / "out.csv")
+    assert "s.tif (3 detections): it changed while it was read" in capsys.readouterr().err
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_killed_run_is_resumed_and_ends_as_a_fresh_one(slide, drawn, miniature, tmp_path) -> None:
+    noisy = np.random.default_rng(0).integers(0, 200, drawn.shape, dtype=np.uint8)
+    write_slide(tmp_path / "s.tif", [noisy])
+    places = [(x, y) for y in range(64, 930, 40) for x in range(64, 1230, 40)]
+    detections = files.qupath(tmp_path / "s.geojson", places)
+    out, journal = tmp_path / "out.csv", tmp_path / ".out.csv.journal"
+    options = ["--csv", str(out), "--weights", str(miniature), "--device", "cpu", "--precision", "fp32"]
+    command = [sys.executable, "-m", "inference", "slides", str(detections), *options]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 600
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 20:
+        assert process.poll() is None and time.monotonic() < deadline
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    with journal.open("ab") as stream:
+        stream.write(b'["torn')
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "known already" in done.stdout and not journal.exists()
+    resumed = rows_of(out)
+    assert len(resumed) == len(places)
+    subprocess.run(command, capture_output=True, check=True)
+    for one, other in zip(resumed, rows_of(out), strict=True):  # of a run that was never stopped
+        assert [one[k] for k in ("x", "y", "id", "class")] == [other[k] for k in ("x", "y", "id", "class")]
+        assert float(one["p_atypical"]) == pytest.approx(float(other["p_atypical"]), abs=1e-5)  # batches differ
+
+
+def test_what_a_journal_knows_of_another_slide_ensemble_or_scale_is_not_used(slide, drawn, miniature, tmp_path) -> None:
+    write_slide(tmp_path / "s.tif", pyramid(drawn))
+    detections, journal = files.qupath(tmp_path / "s.geojson", PLACES), tmp_path / ".out.csv.journal"
+    kept: list[bytes] = []
+    add = scoring.Journal.add
+
+    def remember(self: Any, answers: Any) -> None:
+        add(self, answers)
+        kept.append(journal.read_bytes())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring.Journal, "add", remember)
+        assert run(miniature, detections, "--csv", tmp_path / "out.csv") == 0
+    for change in ("nothing", "scale", "slide"):
+        journal.write_bytes(kept[0])
+        if change == "slide":
+            write_slide(tmp_path / "s.tif", pyramid(drawn // 2))
+        option = ["--mpp", 0.5] if change == "scale" else []
+        counted: list[int] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(scoring.Journal, "add", lambda self, answers, counted=counted: counted.append(len(answers)))
+            run(miniature, detections, "--csv", tmp_path / "out.csv", "--slide", tmp_path / "s.tif", *option)
+        assert bool(counted) == (change != "nothing"), change
+
+
+def test_one_run_at_a_time(slide, miniature, tmp_path) -> None:
+    from inference.slides.journal import journal
+
+    detections = files.qupath(tmp_path / "a.geojson", PLACES)
+    with journal(tmp_path / "out.csv"), pytest.raises(UserError, match="another run writes to"):
+        run(miniature, detections, "--slide", slide, "--csv", tmp_path / "out.csv")
+
+
+def test_nothing_of_somebody_else_is_overwritten(slide, miniature, tmp_path) -> None:
+    detections = files.qupath(tmp_path / "a.geojson", PLACES)
+    mine = tmp_path / "mine.html"
+    mine.write_text("a,b\n1,2\n")
+    for option in ("--output", "--csv", "--summary", "--report"):
+        names = [detections, slide, mine.rename(mine.with_suffix(".geojson")) if option == "--output" else mine]
+        for name in names:
+            content = name.read_bytes()
+            with pytest.raises(UserError, match=r"is an input|holds something else|is a file"):
+                run(miniature, detections, "--slide", slide, option, name)
+            assert name.read_bytes() == content
+        if option == "--output":
+            mine.with_suffix(".geojson").rename(mine)
+    with pytest.raises(UserError, match="nothing to write"):
+        run(miniature, detections, "--slide", slide)
+    for _ in range(2):  # what is ours is
+        assert (
+            run(miniature, detections, "--slide", slide, "--csv", tmp_path / "o", "--report", tmp_path / "r.html") == 0
+        )
+
+
+def test_slides_are_found_by_name_and_each_gets_its_file(drawn, miniature, tmp_path, capsys) -> None:
+    folder = tmp_path / "slides"
+    for name in ("one.tif", "two.tif"):
+        write_slide(folder / name, [drawn])
+    inputs = [
+        files.qupath(tmp_path / "one.geojson", PLACES), files.qupath_gzip(tmp_path / "two.geojson.gz", PLACES[:2]),
+        files.qupath(tmp_path / "three.geojson", PLACES[:1]),
+    ]  # fmt: skip
+    summary = tmp_path / "summary.csv"
+    code = run(miniature, *inputs, "--slides", folder, "--output", tmp_path / "out", "--summary", summary)
+    assert code == 3 and "no slide called three" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["one.tif.geojson", "two.tif.geojson"]
+    assert len(features_of(tmp_path / "out/two.tif.geojson")) == 2
+    assert [(row["slide"], row["figures"]) for row in rows_of(summary)] == [("one.tif", "3"), ("two.tif", "2")]
+    with pytest.raises(UserError, match="for 2 slides; expected a folder"):
+        run(miniature, *inputs[:2], "--slides", folder, "--output", tmp_path / "one file.geojson")
+
+
+class Shifted:
+    """A slide whose scanned area begins elsewhere, as OpenSlide reports for MIRAX: its property, nothing else."""
+
+    def __init__(self, real: Any, x: int, y: int) -> None:
+        self.real = real
+        self.properties = {**real.properties, "openslide.bounds-x": str(x), "openslide.bounds-y": str(y)}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+
+@pytest.mark.parametrize("maker", ["qupath.geojson", "polygons.geojson", "annotations.sqlite", "detections.csv"])
+def test_offsets_of_the_scanned_area_survive_both_ways(maker, slide, miniature, tmp_path, monkeypatch) -> None:
+    opened = reader.open_slide
+    monkeypatch.setattr(reader, "open_slide", lambda file: Shifted(opened(file), 100, 50))
+    shifted = [(x - 100.0, y - 50.0) for x, y in PLACES]
+    results = {}
+    for origin, places in (("scan", shifted), ("slide", [(float(x), float(y)) for x, y in PLACES])):
+        detections = files.MAKERS[maker](tmp_path / f"{origin}-{maker}", places)
+        with pytest.raises(UserError, match="none of 3"):  # nobody said which
+            run(miniature, detections, "--slide", slide, "--csv", tmp_path / f"{origin}.csv")
+        out = tmp_path / f"{origin}.geojson"
+        options = ["--origin", origin, "--slide", slide, "--output", out, "--csv", tmp_path / f"{origin}.csv"]
+        assert run(miniature, detections, *options) == 0
+        results[origin] = rows_of(tmp_path / f"{origin}.csv")
+        theirs = maker.endswith(".geojson")
+        again = "slide" if theirs and origin == "slide" else "scan"  # ours count as QuPath does
+        table = tmp_path / f"{origin}-again.csv"
+        assert run(miniature, out, "--origin", again, "--slide", slide, "--csv", table) == 0
+        key = ("x", "y", "id", "p_atypical")
+        assert [[row[k] for k in key] for row in rows_of(table)] == [[row[k] for k in key] for row in results[origin]]
+    places = [[(row["x"], row["y"], row["p_atypical"]) for row in rows] for rows in results.values()]
+    assert places[0] == places[1]
+
+
+def test_hovernets_magnification_is_the_slides(slide, miniature, tmp_path, monkeypatch) -> None:
+    halved = [(x / 2, y / 2) for x, y in PLACES]
+    detections = files.hovernet(tmp_path / "h.json", halved, mag=20)
+    with pytest.raises(UserError, match="none of 3"):
+        run(miniature, detections, "--slide", slide, "--csv", tmp_path / "out.csv")
+    opened = reader.open_slide
+
+    def with_power(file: Path) -> Any:
+        found = Shifted(opened(file), 0, 0)
+        found.properties["openslide.objective-power"] = "40"
+        return found
+
+    monkeypatch.setattr(reader, "open_slide", with_power)
+    assert (
+        run(miniature, detections, "--slide", slide, "--csv", tmp_path / "out.csv", "--output", tmp_path / "o.geojson")
+        == 0
+    )
+    assert [(float(row["x"]), float(row["y"])) for row in rows_of(tmp_path / "out.csv")] == PLACES
+    corners = np.array(features_of(tmp_path / "o.geojson")[0]["geometry"]["coordinates"][0])
+    assert corners.min(0).tolist() == [680, 281]  # level-0 pixels, as QuPath draws
+
+
+def test_a_region_gives_the_density_and_the_page_shows_the_slide(slide, miniature, tmp_path) -> None:
+    region = files.features([(0.0, 0.0)], "Tumor")[0] | {"id": "region", "geometry": files.square(800, 500, 400)}
+    detections = files.write_json(tmp_path / "a.geojson", [*files.features(PLACES), region])
+    summary, page = tmp_path / "s.csv", tmp_path / "r.html"
+    options = ["--slide", slide, "--region", "tumor", "--summary", summary, "--report", page]
+    assert run(miniature, detections, *options) == 0
+    [row] = rows_of(summary)
+    assert float(row["area_mm2"]) == pytest.approx(0.04)  # 800 pixels of 0.25 um: 200 um a side
+    assert float(row["figures_per_mm2"]) == pytest.approx(2 / 0.04)  # one of the three lies outside
+    text = page.read_text()
+    assert text.count('data-crop="') == 3 and "<image href=" in text and "presumes that each object" in text
+
+
+@pytest.mark.parametrize(("hits", "total", "low", "high"), [(0, 0, 0, 1), (0, 10, 0, 0.2775), (5, 10, 0.2366, 0.7634)])
+def test_wilsons_interval(hits, total, low, high) -> None:
+    assert statistics.wilson(hits, total) == pytest.approx((low, high), abs=1e-4)
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), min_size=1, max_size=25))
+def test_the_hot_spot_holds_the_most(points) -> None:
+    """Against every window that begins at a figure's column and another's row."""
+    x, y = np.array(points, float).T
+    mpp = (1000 / 20, 1000 / 20)  # 2 mm2 are 33 by 24 pixels
+    width, height = statistics.window(mpp)
+    best = max(((x >= a) & (x <= a + width) & (y >= b) & (y <= b + height)).sum() for a in x for b in y)
+    spot = statistics.hot_spot(x, y, mpp)
+    assert spot is not None and spot.count == best
+    inside = (abs(x - spot.x) <= width / 2 + 1e-9) & (abs(y - spot.y) <= height / 2 + 1e-9)
+    assert inside.sum() == best

@@ -1,0 +1,169 @@
+"""Detections as other programs write them. Each maker names the writer whose layout it follows."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sqlite3
+import zipfile
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+Place = tuple[float, float]
+
+
+def uuid(n: int) -> str:
+    return f"00000000-0000-4000-8000-{n:012}"
+
+
+def features(places: Sequence[Place], kind: str = "Mitosis") -> list[dict[str, Any]]:
+    """QuPath's PathObjectTypeAdapters: points, each an annotation with an id, a class and a measurement."""
+    return [
+        {
+            "type": "Feature",
+            "id": uuid(n),
+            "geometry": {"type": "Point", "coordinates": [x, y]},
+            "properties": {
+                "objectType": "annotation",
+                "classification": {"name": kind, "color": [250, 62, 62]},
+                "measurements": {"Detection probability": 0.5 + n / 1000},
+            },
+        }
+        for n, (x, y) in enumerate(places)
+    ]
+
+
+def square(x: float, y: float, half: float = 10) -> dict[str, Any]:
+    low, high = [x - half, y - half], [x + half, y + half]
+    corners = [low, [high[0], low[1]], high, [low[0], high[1]], low]
+    return {"type": "Polygon", "coordinates": [corners]}
+
+
+def write_json(file: Path, content: Any) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content), encoding="utf-8")
+    return file
+
+
+def qupath(file: Path, places: Sequence[Place]) -> Path:
+    """PathIO.exportObjectsAsGeoJSON with FEATURE_COLLECTION."""
+    return write_json(file, {"type": "FeatureCollection", "features": features(places)})
+
+
+def qupath_array(file: Path, places: Sequence[Place]) -> Path:
+    """The same without it: an array."""
+    return write_json(file, features(places))
+
+
+def qupath_polygons(file: Path, places: Sequence[Place]) -> Path:
+    some = [one | {"geometry": square(*place)} for one, place in zip(features(places), places, strict=True)]
+    return write_json(file, {"type": "FeatureCollection", "features": some})
+
+
+def qupath_gzip(file: Path, places: Sequence[Place]) -> Path:
+    file.write_bytes(gzip.compress(json.dumps({"type": "FeatureCollection", "features": features(places)}).encode()))
+    return file
+
+
+def qupath_zip(file: Path, places: Sequence[Place]) -> Path:
+    """The same to a name that ends in .zip: one entry called .geojson."""
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(f"{file.stem}.geojson", json.dumps(features(places)))
+    return file
+
+
+def tiatoolbox(file: Path, places: Sequence[Place]) -> Path:
+    """save_detection_arrays_to_qupath_json of tiatoolbox 2.1.3 (nucleus_detector.py); its classes may be numbers."""
+    some = [
+        {
+            "type": "Feature",
+            "id": f"detection_{n}",
+            "geometry": {"type": "Point", "coordinates": [float(x), float(y)]},
+            "properties": {"classification": {"name": n % 2, "color": [0, 0, 255]}, "probability": 0.7},
+            "objectType": "detection",
+            "name": n % 2,
+            "class_value": n % 2,
+        }
+        for n, (x, y) in enumerate(places)
+    ]
+    return write_json(file, {"type": "FeatureCollection", "features": some})
+
+
+def cell(x: float, y: float) -> dict[str, Any]:
+    contour = square(x, y)["coordinates"][0][:-1]
+    box = [[y - 10, x - 10], [y + 10, x + 10]]  # rows first, in both programs
+    return {"bbox": box, "centroid": [x, y], "contour": contour, "type_prob": 0.9, "type": 1}
+
+
+def cellvit(file: Path, places: Sequence[Place]) -> Path:
+    """CellViT, cell_detection.py: cells.json."""
+    cells = [{"cell_id": n, **cell(x, y), "patch_coordinates": [0, 0]} for n, (x, y) in enumerate(places)]
+    about = {"wsi_metadata": {"downsampling": 1, "patch_size": 1024}, "processed_patches": ["0_0"]}
+    return write_json(file, about | {"type_map": {"Background": 0, "Neoplastic": 1}, "cells": cells})
+
+
+def hovernet(file: Path, places: Sequence[Place], mag: float | None = None) -> Path:
+    """hover_net, infer/base.py: ids as keys."""
+    return write_json(file, {"mag": mag, "nuc": {str(n): cell(x, y) for n, (x, y) in enumerate(places, 1)}})
+
+
+def coco(file: Path, places: Sequence[Place], slide: str = "case 1.tif", midog: bool = False) -> Path:
+    """COCO's x, y, width, height, or MIDOG.json's two corners of 50 x 50 pixels."""
+    rows = []
+    for n, (x, y) in enumerate(places, 1):
+        box = [x - 25, y - 25, x + 25, y + 25] if midog else [x - 20, y - 25, 40, 50]
+        rows.append({"id": n, "image_id": 7, "category_id": 1, "bbox": box})
+    images = [{"id": 7, "file_name": slide, "width": 1300, "height": 1000}]
+    categories = [{"id": 1, "name": "mitotic figure"}, {"id": 2, "name": "hard negative"}]
+    return write_json(file, {"images": images, "annotations": rows, "categories": categories})
+
+
+def midog(file: Path, places: Sequence[Place]) -> Path:
+    return coco(file, places, midog=True)
+
+
+def tcga(file: Path, places: Sequence[Place]) -> Path:
+    """After the description of Zenodo 14548480: coordinates, and types 1 and 2. The release itself was not at hand."""
+    types = [1 + n % 2 for n in range(len(places))]
+    return write_json(file, {"coordinates": [list(place) for place in places], "type": types})
+
+
+def sliderunner(file: Path, places: Sequence[Place], slide: str = "case 1.tif") -> Path:
+    """SlideRunner/dataAccess/database.py, create(): rectangles of 50 x 50, a spot, and one that was deleted."""
+    with closing(sqlite3.connect(file)) as opened:
+        opened.executescript(
+            "CREATE TABLE Slides (uid INTEGER PRIMARY KEY, filename TEXT, width INTEGER, height INTEGER);"
+            "CREATE TABLE Classes (uid INTEGER PRIMARY KEY, name TEXT, color TEXT);"
+            "CREATE TABLE Annotations (uid INTEGER PRIMARY KEY, slide INTEGER, guid TEXT, lastModified REAL, "
+            "deleted INTEGER DEFAULT 0, type INTEGER, agreedClass INTEGER, description TEXT);"
+            "CREATE TABLE Annotations_coordinates (uid INTEGER PRIMARY KEY, coordinateX INTEGER, coordinateY INTEGER, "
+            "coordinateZ INTEGER DEFAULT 0, slide INTEGER, annoId INTEGER, orderIdx INTEGER);"
+            "INSERT INTO Classes VALUES (2, 'mitotic figure', '#ff0000');"
+        )
+        opened.execute("INSERT INTO Slides VALUES (1, ?, 1300, 1000)", [slide])
+        for n, (x, y) in enumerate([*places, (500, 500)], 1):
+            deleted, kind = int(n > len(places)), 1 if n == 1 else 2
+            row = [n, f"guid-{n}", deleted, kind]
+            opened.execute("INSERT INTO Annotations VALUES (?, 1, ?, 0, ?, ?, 2, '')", row)
+            corners = [(x, y)] if kind == 1 else [(x - 25, y - 25), (x + 25, y + 25)]
+            for order, corner in enumerate(corners):
+                insert = "INSERT INTO Annotations_coordinates VALUES (NULL, ?, ?, 0, 1, ?, ?)"
+                opened.execute(insert, [*corner, n, order])
+        opened.commit()
+    return file
+
+
+def table(file: Path, places: Sequence[Place]) -> Path:
+    lines = [f"{x},{y},case 1.tif,d{n},0.9" for n, (x, y) in enumerate(places)]
+    file.write_text("\n".join(["x,y,slide,id,detector_score", *lines]) + "\n")
+    return file
+
+
+MAKERS = {
+    "qupath.geojson": qupath, "array.geojson": qupath_array, "polygons.geojson": qupath_polygons,
+    "packed.geojson.gz": qupath_gzip, "packed.zip": qupath_zip, "tiatoolbox.json": tiatoolbox, "cells.json": cellvit,
+    "hovernet.json": hovernet, "coco.json": coco, "MIDOG.json": midog, "tcga.json": tcga,
+    "annotations.sqlite": sliderunner, "detections.csv": table,
+}  # fmt: skip
