@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from inference.checks import Check, passed
-from inference.checksums import check_ensemble
+from inference.checksums import start_hash_check
 from inference.manifest import load_manifest
 from test.harness.savedimage import UNREADABLE, Layer, SavedImage, executable, find_file, read_image
 from test.harness.shim import SetupError, unpack
@@ -184,7 +184,7 @@ def check_job(folder: Path) -> list[Check]:
     """What a job would make of the unpacked model: its own check of the manifest and hashes, then one empty crop."""
     try:
         manifest = load_manifest(folder)
-        check_ensemble(manifest)
+        start_hash_check(manifest).result()
         bases = named_bases(folder)
         findings = [Check("PASS", f"ensemble {manifest.name}: manifest and hashes as a job checks them")]
         findings += [
