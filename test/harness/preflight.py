@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from inference.checks import Check, passed
-from inference.checksums import start_hash_check
+from inference.checksums import check_ensemble
 from inference.manifest import load_manifest
 from test.harness.savedimage import UNREADABLE, Layer, SavedImage, executable, find_file, read_image
 from test.harness.shim import SetupError, unpack
-from training.bases import named_bases
 
 SUFFIXES = (".tar", ".tar.gz", ".tar.xz")
 USER = re.compile(r"([A-Za-z][A-Za-z0-9._-]*|[0-9]+)(:([A-Za-z][A-Za-z0-9._-]*|[0-9]+))?")
@@ -184,13 +183,12 @@ def check_job(folder: Path) -> list[Check]:
     """What a job would make of the unpacked model: its own check of the manifest and hashes, then one empty crop."""
     try:
         manifest = load_manifest(folder)
-        start_hash_check(manifest).result()
-        bases = named_bases(folder)
+        check_ensemble(manifest)
         findings = [Check("PASS", f"ensemble {manifest.name}: manifest and hashes as a job checks them")]
         findings += [
-            Check("WARN", f"{base} is not in the tarball", "upload it for an image that holds the same file")
-            for base in bases
-            if not (folder / base).is_file()
+            Check("WARN", f"{base.name} is not in the tarball", "upload it for an image that holds the same file")
+            for base in manifest.bases
+            if base.parent != folder
         ]
         if not all(map(importlib.util.find_spec, ("torch", "timm"))):
             fix = "./build.sh --engine native, then check again"
