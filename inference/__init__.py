@@ -1,9 +1,28 @@
-"""Fused LoRA ensembles for atypical mitotic figures: what runs inside the container."""
+"""Fused LoRA ensembles for atypical mitotic figures: what runs inside the container, and a library.
+
+from inference import Ensemble
+"""
+
+from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .ensemble import Ensemble
 
 __version__ = "0.1.0"
+__all__ = ["Ensemble", "__version__"]
 
 # Read when PyTorch is loaded. By default its threads busy-wait for milliseconds after each layer: that gains nothing on
-# an idle machine, and costs a factor of ten where another process wants the cores.
+# an idle machine, and a factor of ten is lost where another process wants the cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+def __getattr__(name: str) -> Any:
+    """Import PyTorch when `Ensemble` is first asked for, and not with the package: a job reads its input meanwhile."""
+    if name == "Ensemble":
+        from .ensemble import Ensemble
+
+        return Ensemble
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,28 +14,25 @@ from pathlib import Path
 
 from inference.checksums import check_ensemble
 from inference.errors import UserError
-from inference.manifest import load_manifest
+from inference.manifest import FILE, load_manifest
 
 
 def write_model_tarball(ensemble: Path, output: Path, with_base: bool = True) -> Path:
     """Write `output`/NAME-model.tar.gz and return its path. The same ensemble always gives the same bytes.
 
-    Its files lie at the root of the archive, because the platform unpacks it right into /opt/ml/model. The base is
-    packed too, also one that several ensembles share: the image's own base may be another.
+    Packed are the manifest, the card and what the manifest names; a fold of an earlier export that still lies in the
+    folder is no part of it. The files lie at the root of the archive, because the platform unpacks it right into
+    /opt/ml/model. The bases are packed too, also one that several ensembles share: the image's own may be another.
 
-    with_base: False saves the upload of a large base that the image already holds
+    with_base: False saves the upload of large bases that the image already holds
     Raises UserError where the folder is no valid ensemble or a file is not the one that its manifest names.
     """
     manifest = load_manifest(ensemble)
     check_ensemble(manifest)
-    members = {str(path.relative_to(ensemble)): path for path in ensemble.rglob("*") if path.is_file()}
-    members = {
-        name: path for name, path in members.items() if not any(part.startswith(".") for part in Path(name).parts)
-    }
-    for base in manifest.bases:
-        members.pop(base.name, None)
-        if with_base:
-            members[base.name] = base
+    paths = [ensemble / FILE, ensemble / "README.md", *manifest.files]
+    members = {path.relative_to(ensemble).as_posix(): path for path in paths if path.is_file()}
+    if with_base:
+        members |= {base.name: base for base in manifest.bases}
     output.mkdir(parents=True, exist_ok=True)
     target = output / f"{manifest.name}-model.tar.gz"
     partial = target.with_suffix(".partial")

@@ -10,12 +10,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from datetime import datetime
 from pathlib import Path
 from random import Random
 
 from inference.checks import Check, passed
-from test.harness import engines, layout, page, readout, report, s3, sagemaker, served
+from test.harness import engines, environments, layout, page, readout, report, s3, sagemaker, served
 
 ROOT = engines.ROOT
 SAMPLE = ROOT / "test/sample"
@@ -76,10 +77,16 @@ def bundled(image: str) -> str:
 
 
 def start_again(arguments: list[str] | None) -> None:
-    """Go on in .venv where it has just been made: the report needs what is installed there."""
+    """Resume in a Python that can write the report, once the algorithm is built: .venv, else one made for the report.
+
+    RuntimeError where none can be made. Called from another program (arguments given) it does nothing.
+    """
+    if arguments is not None or all(map(importlib.util.find_spec, page.NEEDS)):
+        return
     python = ROOT / ".venv/bin/python"
-    if arguments is None and python.exists() and not all(map(importlib.util.find_spec, page.NEEDS)):
-        os.execv(python, [str(python), "-m", "test.harness", *sys.argv[1:], "--no-build"])
+    if not python.exists():
+        python = environments.make(ROOT / ".cache/report", page.pinned(ROOT / "requirements.txt"), "the report")
+    os.execv(python, [str(python), "-m", "test.harness", *sys.argv[1:], "--no-build"])
 
 
 def run_stacks(
@@ -110,7 +117,7 @@ def run_stacks(
         results = []
         for place, ((_, stack), run) in enumerate(zip(stacks, runs, strict=True)):
             answers, findings = readout.judge(run, pages[place])
-            keep(folder / str(place), run, options.output / stack.stem if options.many else options.output)
+            keep(folder / str(place), run, options.output / options.names[stack] if options.many else options.output)
             results.append(report.Result(stack, pages[place], run, answers, findings))
     return results
 
@@ -141,7 +148,11 @@ def score(results: list[report.Result], truth: Path, output: Path) -> list[Check
         return [Check("FAIL", f"the evaluator stops: {error}", f"check {truth}")]
     scoring.write(metrics, output / "metrics.json")
     report.print_metrics(metrics)
-    return [Check("WARN", text) for text in metrics["warnings"]]
+    warnings = [Check("WARN", text) for text in metrics["warnings"]]
+    if any(value is None for name, value in metrics["aggregates"].items() if name.startswith("overall_")):
+        message = "the evaluator stops: the crops are all of one class, and it divides by the number of the other"
+        return [*warnings, Check("FAIL", message, "score stacks that hold both classes")]
+    return warnings
 
 
 def choose_api(options: argparse.Namespace) -> str:
@@ -179,14 +190,14 @@ def main(arguments: list[str] | None = None) -> int:
         if options.shim and (options.engine == "native" or options.strict):
             raise RuntimeError("--shim runs the platform's own shim in a container; it needs docker and no --strict")
         stacks = layout.find_stacks(options.input)
+        stems = Counter(stack.stem for stack in stacks)  # stack_0.tif and stack_0.tiff keep their suffixes
+        options.names = {stack: stack.stem if stems[stack.stem] == 1 else stack.name for stack in stacks}
         for path in (options.weights, options.truth):
             if path is not None and not path.exists():
                 raise FileNotFoundError(f"{path} does not exist")
-        if options.truth and not importlib.util.find_spec("numpy"):
-            raise RuntimeError("--truth needs numpy; make .venv with ./build.sh --engine native, or install numpy")
         if not (options.no_build or options.image):
             build(options.engine, OUR_IMAGE, options.api)
-            start_again(arguments)
+        start_again(arguments)
         options.image = options.image or OUR_IMAGE
         options.api = choose_api(options)
         if options.shim:
@@ -223,10 +234,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(*findings, sep="\n", end="\n" if findings else "")
         good = good and passed(findings)
     ensemble = options.weights or (ROOT / bundled(OUR_IMAGE) if options.image == OUR_IMAGE else None)
-    print(page.write_page(results, options.truth, ensemble, options.output / "report.html"))
+    said = page.write_page(results, options.truth, ensemble, options.output / "report.html")
     passes = sum(result.passed for result in results)
     where = os.path.relpath(options.output)
     print(f"{passes} of {len(results)} stacks passed every check; answers and logs are in {where}")
+    print(said)  # last: the file to open
     return 0 if good else 1
 
 

@@ -131,7 +131,7 @@ def limit_options(limits: Limits) -> list[str]:
     options = ["--memory", f"{limits.memory_gib}g", "--memory-swap", f"{limits.memory_gib}g", "--shm-size", limits.shm]
     options += ["--cpus", str(min(limits.cpus, os.cpu_count() or 1))]
     if limits.gpus == "all" or (limits.gpus == "auto" and has_gpus()):
-        options += ["--gpus", "all"]
+        options += ["--gpus", "all" if limits.gpus == "all" else "1"]  # the platform's machines have one
     return options
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,20 +13,24 @@ from test.harness.report import Result
 if TYPE_CHECKING:
     import numpy as np
 
-NEEDS = ("numpy", "PIL")
+NEEDS = ("numpy", "PIL", "SimpleITK")  # the last reads .mha stacks
+PACKAGES = ("numpy", "pillow", "simpleitk")
+
+
+def pinned(lock: Path) -> str:
+    """The lines of a requirements file that pin what a report needs, with their hashes."""
+    entries = re.findall(r"^[^\s#].*(?:\n    --hash.*)+", lock.read_text(), re.MULTILINE)
+    return "\n".join(entry for entry in entries if entry.partition("==")[0] in PACKAGES) + "\n"
 
 
 def write_page(results: list[Result], truth: Path | None, ensemble: Path | None, file: Path) -> str:
-    """Writes `file` from all stacks that were answered; returns a line that says so, or why there is no page.
+    """Writes `file` from all stacks that were answered; returns a line that names it, or says why there is none.
 
     Args:
         truth: ground_truth.json, for labels and domains.
         ensemble: its folder, where the answers are known to come from it.
     """
-    missing = [name for name in NEEDS if not importlib.util.find_spec(name)]
     answered = [result for result in results if result.answers]
-    if missing:
-        return f"no report: {missing[0]} is not installed; run ./build.sh --engine native"
     if not answered:
         return "no report: no stack was answered"
     from inference.answers import Answer
@@ -55,4 +60,4 @@ def write_page(results: list[Result], truth: Path | None, ensemble: Path | None,
         manifest = None  # the image was built with another one
     threshold = details.get("threshold", 0.5)
     write_report(rows, crops(), manifest, file, title="Local run", threshold=threshold)
-    return f"report to look at: {file}"
+    return f"open {os.path.relpath(file)}"

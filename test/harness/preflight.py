@@ -18,7 +18,6 @@ from inference.checksums import check_ensemble
 from inference.manifest import load_manifest
 from test.harness.savedimage import UNREADABLE, Layer, SavedImage, executable, find_file, read_image
 from test.harness.shim import SetupError, unpack
-from training.bases import named_bases
 
 SUFFIXES = (".tar", ".tar.gz", ".tar.xz")
 USER = re.compile(r"([A-Za-z][A-Za-z0-9._-]*|[0-9]+)(:([A-Za-z][A-Za-z0-9._-]*|[0-9]+))?")
@@ -185,12 +184,11 @@ def check_job(folder: Path) -> list[Check]:
     try:
         manifest = load_manifest(folder)
         check_ensemble(manifest)
-        bases = named_bases(folder)
         findings = [Check("PASS", f"ensemble {manifest.name}: manifest and hashes as a job checks them")]
         findings += [
-            Check("WARN", f"{base} is not in the tarball", "upload it for an image that holds the same file")
-            for base in bases
-            if not (folder / base).is_file()
+            Check("WARN", f"{base.name} is not in the tarball", "upload it for an image that holds the same file")
+            for base in manifest.bases
+            if base.parent != folder
         ]
         if not all(map(importlib.util.find_spec, ("torch", "timm"))):
             fix = "./build.sh --engine native, then check again"

@@ -12,7 +12,6 @@ import contextlib
 import json
 import re
 import secrets
-import shutil
 import subprocess
 import uuid
 from dataclasses import replace
@@ -20,41 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from inference.checks import Check
-from test.harness import engines, layout
+from test.harness import engines, environments, layout
 from test.harness.s3 import BUCKET, HOME, Bucket
 
 PACKAGES = HOME / "lib/python3.11/site-packages"
-PIP = (
-    "install",
-    "--quiet",
-    "--disable-pip-version-check",
-    "--no-deps",
-    "--ignore-requires-python",
-    "--require-hashes",
-    "-r",
-)
 REQUIREMENTS = engines.ROOT / "requirements/shim.txt"
 
 
 def install() -> None:
     """Makes .cache/shim with Python 3.11, once for each requirements/shim.txt. RuntimeError where it cannot be made."""
-    stamp = HOME / "installed"
-    if stamp.exists() and stamp.read_bytes() == REQUIREMENTS.read_bytes():
-        return
-    print("installing sagemaker-shim, moto and panimg into .cache/shim (a minute)", flush=True)
-    make = ["uv", "venv", "--quiet", "--clear", "--seed", "--python", "3.11", str(HOME)]
-    if not shutil.which("uv"):
-        make = ["python3.11", "-m", "venv", "--clear", str(HOME)]
-    for command in (make, [str(HOME / "bin/python"), "-m", "pip", *PIP, str(REQUIREMENTS)]):
-        try:
-            done = subprocess.run(command, capture_output=True, text=True)
-        except OSError as error:
-            raise RuntimeError(
-                f"{command[0]} cannot be started ({error.strerror}); install uv or Python 3.11"
-            ) from None
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command[:3])} failed: {done.stderr.strip().splitlines()[-1]}")
-    stamp.write_bytes(REQUIREMENTS.read_bytes())
+    environments.make(HOME, REQUIREMENTS.read_text(), "the platform's own shim", "--ignore-requires-python")
 
 
 def run(

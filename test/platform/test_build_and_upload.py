@@ -61,8 +61,11 @@ def ensemble(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def docker(tmp_path: Path) -> Path:
-    """A Docker client that writes each call as a line to `calls` beside it, without a bridge network, with buildx."""
+def docker(tmp_path: Path, miniature: Path) -> Path:
+    """A Docker client that writes each call as a line to `calls` beside it, without a bridge network, with buildx.
+
+    Its image holds the miniature ensemble.
+    """
     (tmp_path / "saved.tar").write_bytes(tar_of(saved([tar_of(FILES, {"bin": "usr/bin"})], IMAGE_CONFIG)))
     client = tmp_path / "docker"
     client.write_text(
@@ -71,7 +74,10 @@ echo "$*" >>{tmp_path}/calls
 case "$*" in
     "network inspect bridge") exit 1 ;;
     "build --help") echo "      --provenance string" ;;
+    "image inspect --format"*ensemble*) echo {miniature} ;;
     "image inspect --format"*) echo 6700000000 ;;
+    run*sha256sum*) sha256sum {miniature}/ensemble.json ;;
+    "build --platform"*) cat >{tmp_path}/context.tar ;;
     save*) cat {tmp_path}/saved.tar ;;
 esac
 """
@@ -92,7 +98,7 @@ def test_tarball_opens_as_an_ensemble_where_the_platform_unpacks_it(ensemble: Pa
         names = archive.getnames()
         archive.extractall(tmp_path / "model", filter="data")  # as the platform does
     assert names == ["README.md", "ensemble.json", f"fold0/{CONFIG}", f"fold0/{ADAPTER}", BASE]
-    assert load_manifest(tmp_path / "model").base == tmp_path / "model" / BASE
+    assert list(load_manifest(tmp_path / "model").bases) == [tmp_path / "model" / BASE]
 
 
 def test_tarball_depends_on_nothing_but_the_content(ensemble: Path, tmp_path: Path) -> None:
@@ -117,27 +123,46 @@ def test_altered_ensemble_is_not_packed(ensemble: Path, tmp_path: Path, capsys: 
     assert not (tmp_path / "out").exists()
 
 
-def test_export_writes_image_and_model(ensemble: Path, docker: Path, tmp_path: Path) -> None:
-    done = run(
-        "export.sh",
-        "--image",
-        "me/mine:2",
-        "--ensemble",
-        str(ensemble),
-        "--output",
-        str(tmp_path / "out"),
-        DOCKER=str(docker),
-    )
-    assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["mine-model.tar.gz", "mine.tar.gz"]
+def test_export_writes_the_image_and_the_ensemble_that_it_holds(docker: Path, tmp_path: Path) -> None:
+    done = run("export.sh", "--image", "registry:5000/me/mine:2", "--output", str(tmp_path / "out"), DOCKER=str(docker))
+    assert done.returncode == 0, done.stdout + done.stderr
+    written = ["SHA256SUMS", "mine.tar.gz", "miniature-model.tar.gz"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == written
     unpacked = subprocess.check_output(["gzip", "-dc", tmp_path / "out" / "mine.tar.gz"])
     assert unpacked == (tmp_path / "saved.tar").read_bytes()
     assert "PASS  one image" in done.stdout
-    assert "PASS  model tarball" in done.stdout
+    assert "PASS  a job answers with it" in done.stdout
     assert "Upload, at grand-challenge.org" in done.stdout
-    assert "save me/mine:2" in (tmp_path / "calls").read_text().splitlines()  # one tag, by name
-    for path in (tmp_path / "out").iterdir():
-        assert hashlib.sha256(path.read_bytes()).hexdigest() in done.stdout
+    assert "save registry:5000/me/mine:2" in (tmp_path / "calls").read_text().splitlines()  # one tag, by name
+    subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=tmp_path / "out", check=True)
+    assert len((tmp_path / "out/SHA256SUMS").read_text().splitlines()) == 2
+
+
+def test_export_refuses_an_image_and_a_model_that_disagree(
+    ensemble: Path, docker: Path, miniature: Path, tmp_path: Path
+) -> None:
+    options = ("--image", "mine", "--output", str(tmp_path / "out"))
+    done = run("export.sh", *options, "--ensemble", str(ensemble), DOCKER=str(docker))
+    assert done.returncode == 1
+    assert "mine holds another ensemble than" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    alone = run("export.sh", *options, "--only", "model", "--ensemble", str(miniature), DOCKER="/bin/false")
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+
+
+def test_a_failed_save_leaves_nothing(docker: Path, tmp_path: Path) -> None:
+    docker.write_text(docker.read_text().replace("save*) cat", "save*) exit 1; cat"))
+    options = ("--only", "image", "--image", "mine", "--output", str(tmp_path / "out"))
+    assert run("export.sh", *options, DOCKER=str(docker)).returncode == 1
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_fold_of_an_earlier_export_is_not_packed(ensemble: Path, tmp_path: Path) -> None:
+    (ensemble / "fold7").mkdir()
+    (ensemble / "fold7" / ADAPTER).write_bytes(b"old")
+    with tarfile.open(write_model_tarball(ensemble, tmp_path / "out")) as archive:
+        assert not [name for name in archive.getnames() if "fold7" in name]
 
 
 def test_an_image_that_would_be_refused_is_a_failed_export(ensemble: Path, docker: Path, tmp_path: Path) -> None:
@@ -166,11 +191,11 @@ def test_parallel_gzip_is_one_ordinary_stream(size: int, capsys: pytest.CaptureF
     assert ("of about" in capsys.readouterr().err) == (size > 0)
 
 
-def test_export_without_an_engine_writes_the_model_and_says_so(ensemble: Path, tmp_path: Path) -> None:
-    options = ("--ensemble", str(ensemble), "--output", str(tmp_path / "out"))
+def test_export_without_an_engine_writes_the_model_and_says_so(miniature: Path, tmp_path: Path) -> None:
+    options = ("--ensemble", str(miniature), "--output", str(tmp_path / "out"))
     done = run("export.sh", *options, DOCKER="/bin/false")
-    assert done.returncode == 0, done.stderr
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine-model.tar.gz"]
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["SHA256SUMS", "miniature-model.tar.gz"]
     assert "no Docker engine answers" in done.stdout
     assert run("export.sh", "--only", "image", *options, DOCKER="/bin/false").returncode == 1
 
@@ -191,8 +216,18 @@ def test_build_asks_docker_for_what_the_platform_accepts(docker: Path, tmp_path:
         "--tag mine:1",
         "ENSEMBLE=weights/default",
         "API_METHOD=invoke",
+        "--label midog-lora.built=20",
     ):
         assert option in build
+    assert build.endswith(" -")  # the context comes as an archive
+    with tarfile.open(tmp_path / "context.tar") as archive:
+        members = archive.getmembers()
+    names = [member.name for member in members]
+    assert {"Dockerfile", "requirements.txt", "requirements/bases.txt", "inference/job.py"} <= set(names)
+    assert not [name for name in names if "__pycache__" in name or "/." in name or name.startswith(("test", "."))]
+    assert {(member.mtime, member.uid, member.gid) for member in members} == {(1735689600, 0, 0)}
+    assert run("build.sh", "--no-stamp", **arguments).returncode == 0
+    assert "midog-lora.built" not in (tmp_path / "calls").read_text().splitlines()[-3]
 
 
 @pytest.mark.parametrize(
@@ -203,6 +238,8 @@ def test_build_asks_docker_for_what_the_platform_accepts(docker: Path, tmp_path:
         (("--engine", "podman"), "expected docker or native"),
         (("--engine", "docker", "--api", "both"), "expected exec or invoke"),
         (("--engines", "docker"), "unknown option"),
+        (("--engine",), "--engine has no value"),
+        (("--engine", "native", "--ensemble", "test"), "no test/ensemble.json"),
         (("--engine", "native", "--requirements", "none.txt"), "no none.txt"),
     ],
 )

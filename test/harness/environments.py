@@ -1,0 +1,45 @@
+"""Environments of the harness's own, below .cache: packages that the algorithm does not need, or not yet."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+PIP = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--require-hashes")
+
+
+def make(folder: Path, requirements: str, purpose: str, *options: str) -> Path:
+    """The Python of an environment in `folder` that holds exactly `requirements`, made when they have changed.
+
+    Args:
+        requirements: text of a requirements file, pinned and hashed.
+        purpose: for the line that is printed while it is made.
+        options: more of pip's.
+    Raises: RuntimeError where it cannot be made.
+    """
+    stamp, python = folder / "installed", folder / "bin/python"
+    if stamp.exists() and stamp.read_text() == requirements:
+        return python
+    print(f"installing what {purpose} needs into {folder.parent.name}/{folder.name}", flush=True)
+    command = ["uv", "venv", "--quiet", "--clear", "--seed", "--python", "3.11", str(folder)]
+    if not shutil.which("uv"):
+        own = sys.executable if sys.version_info[:2] == (3, 11) else "python3.11"
+        command = [own, "-m", "venv", "--clear", str(folder)]
+    run(command)
+    lock = folder / "requirements.txt"
+    lock.write_text(requirements)
+    run([str(python), *PIP, *options, "-r", str(lock)])
+    stamp.write_text(requirements)
+    return python
+
+
+def run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise RuntimeError(f"{command[0]} cannot be started ({error.strerror}); install uv or Python 3.11") from None
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+        raise RuntimeError(f"{' '.join(command[:3])} failed: {said[-1]}")
