@@ -26,9 +26,16 @@ def write_slide(file: Path, levels: Sequence[np.ndarray], mpp: float | None = 0.
     file.parent.mkdir(parents=True, exist_ok=True)
     with tifffile.TiffWriter(file) as tiff:
         for number, pixels in enumerate(levels):
-            unit = {"resolution": (1e4 / mpp, 1e4 / mpp), "resolutionunit": "CENTIMETER"} if mpp else {}
-            tiff.write(pixels, tile=(256, 256), photometric="rgb", compression="zlib", metadata=None,
-                       subfiletype=int(number > 0), **unit)  # fmt: skip
+            tiff.write(
+                pixels,
+                tile=(256, 256),
+                photometric="rgb",
+                compression="zlib",
+                metadata=None,
+                subfiletype=int(number > 0),
+                resolution=(1e4 / mpp, 1e4 / mpp) if mpp else None,
+                resolutionunit="CENTIMETER" if mpp else None,
+            )
     return file
 
 
