@@ -17,7 +17,7 @@ COMMANDS = {
     "fit": Command("training.fit", "train the folds of a recipe; resumes a run that was stopped"),
     "calibrate": Command("training.calibrate", "choose TTA, averaging, temperature and threshold, out of fold"),
     "export": Command("training.export", "write an ensemble folder that inference opens"),
-    "verify": Command("training.verify", "compare an ensemble with timm and PEFT; run it first on real weights"),
+    "verify": Command("training.verify", "compare an ensemble with timm and PEFT, fold by fold"),
     "report": Command("training.report", "write the report of a run"),
     "sweep": Command("training.sweep", "fit ranks x splits x backbones and write one table"),
 }
