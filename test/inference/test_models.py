@@ -31,7 +31,7 @@ def test_full_size_has_the_published_parameters_and_targets(name):
     layers = [layer for layer, _ in model.named_modules()]
     for targets, pattern in row.targets.items():
         found = sum(bool(re.fullmatch(pattern, layer)) for layer in layers)
-        per_block = {"qkv": 1, "attn": 2, "all": 5 if "blocks.0.mlp.fc1_g" in layers else 4}
+        per_block = {"qkv": 1, "qv": 1, "attn": 2, "all": 5 if "blocks.0.mlp.fc1_g" in layers else 4}
         assert found == (row.depth * per_block[targets] if row.depth else found) > 0
 
 

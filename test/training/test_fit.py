@@ -118,10 +118,10 @@ def test_another_seed_gives_another_adapter(run_fold):
 
 def test_accumulated_batches_are_one_larger_batch(run_fold):
     """Twelve crops without augmentation: three groups of two batches of two are three batches of four."""
-    common = [*PLAIN, "dropout=0"]
+    common = [*PLAIN, "dropout=0", "learning_rate=2e-4"]  # at a higher one, AdamW makes rounding errors large
     large = run_fold(recipe("batch=4", *common), "large")
     small = run_fold(recipe("batch=2", "accumulate=2", *common), "small")
-    assert same(large, small, 1e-3)  # a rounding error in a small gradient is not small after AdamW
+    assert same(large, small, 1e-5)
     assert not same(large, run_fold(recipe("batch=2", *common), "other"), 1e-3)
 
 
