@@ -1,7 +1,7 @@
 """A batch of crops as training shows it: warped, recoloured, blurred, and in part covered or mixed.
 
-Every draw comes from one generator, so a batch is the same in every process and thread of a run. An augmentation that is
-off draws nothing and changes nothing. N crops, S side of the network's input.
+Every draw comes from one generator, so a batch is the same in every process and thread of a run. What is off draws
+nothing and changes nothing. N crops, S side of the network's input.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Choose how logits become answers, on out-of-fold logits only: TTA, averaging, temperature, shift, threshold.
 
 Each choice is kept only for a measured gain. Temperature and shift minimise the negative log-likelihood; the threshold
-maximises balanced accuracy, with an interval from a bootstrap over groups (slides), whose crops are not independent.
+maximises balanced accuracy. What is shipped is chosen on all folds. What is reported is leave-one-fold-out: everything
+is chosen anew on the other folds and scores the one that is left: no crop judges a choice in which it took part.
+Intervals come from resampled groups (slides), whose crops are not independent.
 """
 
 from __future__ import annotations
@@ -14,23 +16,52 @@ from typing import Any
 
 import numpy as np
 
+from inference.averaging import average
 from inference.errors import UserError
+from inference.files import write_whole
 from inference.manifest import TTA_VIEWS
-from inference.metrics import balanced_accuracy, best_threshold, group_bootstrap, roc_auc
+from inference.metrics import (
+    balanced_accuracy,
+    best_threshold,
+    group_bootstrap,
+    roc_auc,
+    sensitivity,
+    sigmoid,
+    specificity,
+)
 
 MINIMAL_GAIN = 5e-4  # in AUC: less does not pay for more views
-RESAMPLES = 1000
+RESAMPLES = 500
+SMOOTHING = 100  # resamples whose best cuts are averaged to the threshold
 
 
 @dataclass(frozen=True)
 class OutOfFold:
-    """Logits (V, N) of the d4 views, from the fold that did not train on the crop; labels, groups, domains (N,)."""
+    """Logits (V, N) of the d4 views from the fold that did not train on the crop; the rest (N,)."""
 
     logits: np.ndarray
     labels: np.ndarray
     groups: np.ndarray
     domains: np.ndarray
     folds: np.ndarray
+
+    def part(self, chosen: np.ndarray) -> OutOfFold:
+        """The crops that `chosen` (N,) names, by number or by True."""
+        rest = (values[chosen] for values in (self.labels, self.groups, self.domains, self.folds))
+        return OutOfFold(self.logits[:, chosen], *rest)
+
+    @property
+    def both_classes(self) -> bool:
+        return len(np.unique(self.labels)) == 2
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What calibration on the other folds gives each crop: p and called atypical, both (N,); what it chose, by fold."""
+
+    p: np.ndarray
+    called: np.ndarray
+    chosen: dict[int, dict[str, Any]]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -39,14 +70,33 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     result = calibrate(read_out_of_fold(options.run))
-    (options.run / "calibration.json").write_text(json.dumps(result, indent=1) + "\n")
-    for tta, scores in result["tried"].items():
-        print(f"{tta:>5}: " + ", ".join(f"{rule} AUC {auc:.4f}" for rule, auc in scores.items()))
+    write_whole(options.run / "calibration.json", json.dumps(result, indent=1) + "\n")
+    for tta, by_rule in result["tried"].items():
+        print(f"{tta:>5}: " + ", ".join(f"{rule} AUC {auc:.4f}" for rule, auc in by_rule.items()))
     low, high = result["threshold_interval"]
-    print(f"chosen: tta {result['tta']}, averaging {result['averaging']}, "
-          f"temperature {result['temperature']:.3f}, shift {result['shift']:+.3f}")  # fmt: skip
-    print(f"threshold {result['threshold']:.3f} (95% {low:.3f} to {high:.3f}), out-of-fold balanced accuracy "
-          f"{result['balanced_accuracy']:.4f}, AUC {result['auc']:.4f}")  # fmt: skip
+    print(
+        f"chosen: tta {result['tta']}, averaging {result['averaging']}, temperature {result['temperature']:.3f}, "
+        f"shift {result['shift']:+.3f}, threshold {result['threshold']:.3f} (95% {low:.3f} to {high:.3f})"
+    )
+    print(f"leave one fold out: {describe(result)}")
+    same = result["same_crops"]
+    print(
+        f"on the crops that chose it: balanced accuracy {same['balanced_accuracy']:.4f}, AUC {same['auc']:.4f}, "
+        "which flatters"
+    )
+
+
+def describe(result: dict[str, Any]) -> str:
+    """The leave-one-fold-out metrics of `calibrate` in one line."""
+    if result["balanced_accuracy"] is None:
+        return "not possible, because without one of the folds a class is missing"
+    text = []
+    for key, name in (("balanced_accuracy", "balanced accuracy"), ("auc", "AUC")):
+        text.append(f"{name} {result[key]:.4f}")
+        if result[f"{key}_interval"]:
+            low, high = result[f"{key}_interval"]
+            text[-1] += f" (95% {low:.4f} to {high:.4f})"
+    return ", ".join(text)
 
 
 def read_out_of_fold(run: Path) -> OutOfFold:
@@ -75,19 +125,14 @@ def read_out_of_fold(run: Path) -> OutOfFold:
 
 
 def averaged(logits: np.ndarray, averaging: str, temperature: float = 1.0, shift: float = 0.0) -> np.ndarray:
-    """P(atypical) (N,) from the views' logits (V, N)."""
-    scaled = (logits + shift) / temperature
-    return sigmoid(scaled.mean(0)) if averaging == "logit" else sigmoid(scaled).mean(0)
+    """P(atypical) (N,) from the views' logits (V, N), by the rule of inference."""
+    return average([logits[None] + shift], averaging, temperature)
 
 
 def calibrated(logits: np.ndarray, chosen: dict[str, Any]) -> np.ndarray:
     """P(atypical) (N,) from the eight d4 views' logits (8, N) by what `calibrate` chose."""
     views = logits[: TTA_VIEWS[chosen["tta"]]]
     return averaged(views, chosen["averaging"], chosen["temperature"], chosen["shift"])
-
-
-def sigmoid(z: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-np.clip(z, -500, 500)))
 
 
 def fit_scale(logits: np.ndarray, labels: np.ndarray, averaging: str) -> tuple[float, float]:
@@ -105,19 +150,16 @@ def fit_scale(logits: np.ndarray, labels: np.ndarray, averaging: str) -> tuple[f
     return float(np.exp(found.x[0])), float(found.x[1])
 
 
-def smooth_threshold(labels: np.ndarray, p: np.ndarray) -> float:
-    """A threshold of high balanced accuracy that one crop cannot move: the best cut's mean over a bootstrap."""
-    g = np.random.default_rng(0)
+def smooth_threshold(labels: np.ndarray, p: np.ndarray, groups: np.ndarray) -> float:
+    """A threshold of high balanced accuracy that no slide moves far: the mean best cut of resampled slides."""
     logit = np.log(np.clip(p, 1e-7, 1 - 1e-7) / np.clip(1 - p, 1e-7, 1))
-    cuts = []
-    for _ in range(100):
-        index = g.integers(len(p), size=len(p))
-        cuts.append(best_threshold(labels[index], logit[index])[0])
+    drawn = [index for index in group_bootstrap(groups, SMOOTHING) if len(np.unique(labels[index])) == 2]
+    cuts = [best_threshold(labels[index], logit[index])[0] for index in drawn or [np.arange(len(p))]]
     return float(sigmoid(np.array(np.mean(cuts))))
 
 
-def calibrate(oof: OutOfFold) -> dict[str, Any]:
-    """The choices with their scores, as calibration.json holds them."""
+def choose(oof: OutOfFold) -> dict[str, Any]:
+    """TTA, averaging, temperature, shift and threshold, with the AUC of what was tried."""
     tried = {
         tta: {rule: roc_auc(oof.labels, averaged(oof.logits[:views], rule)) for rule in ("logit", "probability")}
         for tta, views in TTA_VIEWS.items()
@@ -129,19 +171,89 @@ def calibrate(oof: OutOfFold) -> dict[str, Any]:
                 tta, averaging = name, rule
     logits = oof.logits[: TTA_VIEWS[tta]]
     temperature, shift = fit_scale(logits, oof.labels, averaging)
-    p = averaged(logits, averaging, temperature, shift)
-    threshold = smooth_threshold(oof.labels, p)
-    cuts, accuracies = [], []
-    for index in group_bootstrap(oof.groups, RESAMPLES):
-        if len(np.unique(oof.labels[index])) == 2:
-            cuts.append(best_threshold(oof.labels[index], p[index])[0])
-            accuracies.append(balanced_accuracy(oof.labels[index], p[index] >= threshold))
+    threshold = smooth_threshold(oof.labels, averaged(logits, averaging, temperature, shift), oof.groups)
     return {
-        "tta": tta, "averaging": averaging, "temperature": temperature, "shift": shift,
+        "tta": tta,
+        "averaging": averaging,
+        "temperature": temperature,
+        "shift": shift,
         "threshold": threshold,
+        "tried": tried,
+    }
+
+
+def leave_one_fold_out(oof: OutOfFold) -> LeftOut | None:
+    """Each fold by what the others choose; None where the others of one fold lack a class."""
+    p, called, choices = np.empty(len(oof.labels)), np.empty(len(oof.labels), bool), {}
+    for fold in np.unique(oof.folds):
+        left = oof.folds == fold
+        others = oof.part(~left)
+        if not others.both_classes:
+            return None
+        choices[int(fold)] = choose(others)
+        p[left] = calibrated(oof.logits[:, left], choices[int(fold)])
+        called[left] = p[left] >= choices[int(fold)]["threshold"]
+    return LeftOut(p, called, choices)
+
+
+def resampled(oof: OutOfFold, left: LeftOut) -> tuple[list[float], list[float]]:
+    """Leave-one-fold-out balanced accuracy and AUC of resampled slides; thresholds are chosen anew in each resample."""
+    by_fold = {fold: calibrated(oof.logits, chosen) for fold, chosen in left.chosen.items()}
+    accuracies, aucs = [], []
+    for index in group_bootstrap(oof.groups, RESAMPLES):
+        labels, folds, called = oof.labels[index], oof.folds[index], np.zeros(len(index), bool)
+        for fold, p in by_fold.items():
+            scored = folds == fold
+            if len(np.unique(labels[~scored])) < 2:
+                break
+            called[scored] = p[index[scored]] >= best_threshold(labels[~scored], p[index[~scored]])[0]
+        else:
+            if len(np.unique(labels)) == 2:
+                accuracies.append(balanced_accuracy(labels, called))
+                aucs.append(roc_auc(labels, left.p[index]))
+    return accuracies, aucs
+
+
+def span(values: list[float]) -> list[float] | None:
+    """The middle 95% of resampled values; None where too few resamples had both classes."""
+    return np.quantile(values, [0.025, 0.975]).tolist() if len(values) > RESAMPLES / 2 else None
+
+
+def calibrate(oof: OutOfFold) -> dict[str, Any]:
+    """What calibration.json holds: the choices on all folds, and metrics.
+
+    balanced_accuracy, sensitivity, specificity, auc and the intervals of the first and last: leave-one-fold-out, None
+        where that is not possible
+    same_crops: the same metrics of the choices on the crops that they were chosen on
+    Raises UserError where all crops are of one class.
+    """
+    if not oof.both_classes:
+        raise UserError(
+            f"found {len(oof.labels)} crops, {oof.labels.sum()} of them atypical; calibration needs both classes; "
+            "fit on more data"
+        )
+    chosen, left = choose(oof), leave_one_fold_out(oof)
+    p = calibrated(oof.logits, chosen)
+    views = oof.logits[: TTA_VIEWS[chosen["tta"]]]
+    drawn = [index for index in group_bootstrap(oof.groups, RESAMPLES) if len(np.unique(oof.labels[index])) == 2]
+    cuts = [best_threshold(oof.labels[index], p[index])[0] for index in drawn] or [chosen["threshold"]]
+    accuracies, aucs = resampled(oof, left) if left else ([], [])
+    return {
+        **chosen,
         "threshold_interval": np.quantile(cuts, [0.025, 0.975]).tolist(),
-        "balanced_accuracy": balanced_accuracy(oof.labels, p >= threshold),
-        "balanced_accuracy_interval": np.quantile(accuracies, [0.025, 0.975]).tolist(),
-        "balanced_accuracy_at_half": balanced_accuracy(oof.labels, averaged(logits, averaging) >= 0.5),
-        "auc": roc_auc(oof.labels, p), "tried": tried, "crops": len(p), "atypical": int(oof.labels.sum()),
-    }  # fmt: skip
+        **(metrics(oof.labels, left.p, left.called) if left else dict.fromkeys(METRICS)),
+        "balanced_accuracy_interval": span(accuracies),
+        "auc_interval": span(aucs),
+        "same_crops": metrics(oof.labels, p, p >= chosen["threshold"]),
+        "balanced_accuracy_at_half": balanced_accuracy(oof.labels, averaged(views, chosen["averaging"]) >= 0.5),
+        "crops": len(p),
+        "atypical": int(oof.labels.sum()),
+    }
+
+
+METRICS = ("balanced_accuracy", "sensitivity", "specificity", "auc")
+
+
+def metrics(labels: np.ndarray, p: np.ndarray, called: np.ndarray) -> dict[str, float]:
+    found = (balanced_accuracy(labels, called), sensitivity(labels, called), specificity(labels, called))
+    return dict(zip(METRICS, (*found, roc_auc(labels, p)), strict=True))

@@ -1,4 +1,4 @@
-"""Augmentation of colour: stains in optical density, the usual jitters, and local contrast. RGB (N, 3, S, S) in [0, 1]."""
+"""Augmentation of colour: stains in optical density, the usual jitters, local contrast. RGB (N, 3, S, S) in [0, 1]."""
 
 from __future__ import annotations
 

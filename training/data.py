@@ -150,7 +150,9 @@ def without_doubles(crops: list[Crop], report: Callable[[str], object]) -> list[
 def without_copies(crops: list[Crop], report: Callable[[str], object]) -> list[Crop]:
     """The crops without those that have the pixels of an earlier one; UserError where two copies differ in label."""
     first: dict[bytes, Crop] = {}
-    sides, copies, contrary = [], [], []
+    sides = []
+    copies: list[tuple[Crop, Crop]] = []
+    contrary: list[tuple[Crop, Crop]] = []
     for crop in crops:  # one at a time: a data set may be larger than the memory
         pixels = read_stack(crop.path)[0]
         sides.append(pixels.shape[:2])

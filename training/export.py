@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import json
 import platform
 import shutil
@@ -16,16 +17,21 @@ from safetensors.torch import load_file, save_file
 
 from inference.backbones import lookup
 from inference.checksums import sha256
+from inference.commandline import DEVICES
 from inference.ensemble import Ensemble
 from inference.errors import UserError
+from inference.files import write_whole
 from inference.manifest import BASES, FILE, load_manifest
+from inference.progress import Progress
 
-from .calibrate import calibrate, read_out_of_fold
+from .calibrate import METRICS, calibrate, describe, read_out_of_fold
+from .data import Crop
 from .feed import load_crops
-from .recipe import from_dict
+from .fit import find_base, read_recipe
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 DRIFT_CROPS = 32
+DRIFT_STEP = 4  # crops between two updates of the progress
 DRIFT_ALLOWED = 0.02  # of P(atypical): a precision that moves a probability further is not allowed
 
 
@@ -34,24 +40,28 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="ensemble folder to write, such as weights/mine")
     parser.add_argument("--name", help="name of the ensemble (default: the folder's)")
     parser.add_argument("--base", type=Path, help="base weights (default weights/bases/<backbone>.safetensors)")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="to measure the precisions on (default auto)")
     parser.add_argument("--include-base", action="store_true", help="copy the base into the folder too")
 
 
 def run(options: argparse.Namespace) -> None:
-    settings = json.loads((options.run / "recipe.json").read_text())
-    recipe = from_dict(settings)
+    recipe = read_recipe(options.run)
+    settings = dataclasses.asdict(recipe)
     row = lookup(recipe.backbone)
-    base = options.base or BASES / f"{recipe.backbone}.safetensors"
-    if not base.exists():
-        raise UserError(
-            f"{base} is missing; it holds the base weights; run 'python -m training base {recipe.backbone}'"
-        )
+    base = find_base(recipe, options.base)
     calibration = calibrate(read_out_of_fold(options.run))
     if base.parent not in (BASES, options.output) and not options.include_base:
         raise UserError(f"{base} would not be found; expected it in {BASES}; use --include-base, or move it there")
+    sources = sorted(options.run.glob("fold*"), key=lambda f: int(f.name[4:]))
+    left_over = {folder.name for folder in options.output.glob("fold*")} - {source.name for source in sources}
+    if left_over:
+        raise UserError(
+            f"{options.output} holds {', '.join(sorted(left_over))} of another ensemble; expected none; remove them, "
+            "or choose another --output"
+        )
     options.output.mkdir(parents=True, exist_ok=True)
     folds = []
-    for source in sorted(options.run.glob("fold*"), key=lambda f: int(f.name[4:])):
+    for source in sources:
         target = options.output / source.name
         target.mkdir(exist_ok=True)
         for name in FILES:
@@ -73,17 +83,16 @@ def run(options: argparse.Namespace) -> None:
         "provenance": provenance(options.run, settings, calibration),
     }  # fmt: skip
     write(options.output, manifest)
-    manifest["precision"] = measure_drift(options.output, options.run)
+    manifest["precision"] = measure_drift(options.output, options.run, options.device)
     write(options.output, manifest)
     load_manifest(options.output)
     print(f"{options.output}: {len(folds)} folds, threshold {manifest['threshold']}, tta {manifest['tta']}, "
-          f"out-of-fold balanced accuracy {calibration['balanced_accuracy']:.4f}, "
-          f"AUC {calibration['auc']:.4f}")  # fmt: skip
+          f"leave one fold out: {describe(calibration)}")  # fmt: skip
     print(f"largest change of P(atypical) to fp32: {manifest['precision']}")
 
 
 def write(folder: Path, manifest: dict[str, Any]) -> None:
-    (folder / FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / FILE, json.dumps(manifest, indent=1) + "\n")
 
 
 def clean_config(file: Path, source: str) -> None:
@@ -103,8 +112,17 @@ def shift_head(file: Path, shift: float) -> None:
 
 def provenance(run: Path, settings: dict[str, Any], calibration: dict[str, Any]) -> dict[str, Any]:
     packages = ("torch", "timm", "peft", "numpy")
-    keep = ("crops", "atypical", "balanced_accuracy", "balanced_accuracy_interval", "balanced_accuracy_at_half", "auc",
-            "threshold_interval", "shift")  # fmt: skip
+    keep = (
+        "crops",
+        "atypical",
+        *METRICS,
+        "balanced_accuracy_interval",
+        "auc_interval",
+        "same_crops",
+        "balanced_accuracy_at_half",
+        "threshold_interval",
+        "shift",
+    )
     data = run / "data.json"
     return {
         "recipe": settings,
@@ -114,22 +132,38 @@ def provenance(run: Path, settings: dict[str, Any], calibration: dict[str, Any])
     }
 
 
-def measure_drift(folder: Path, run: Path) -> dict[str, float | None]:
-    """The largest change of P(atypical) against fp32 on crops of the run; None where it is not allowed."""
-    from .data import Crop
+def measure_drift(folder: Path, run: Path, device: str) -> dict[str, float | None]:
+    """The largest change of P(atypical) against fp32 on crops of the run; None for a precision that is not allowed.
 
+    A precision that overflows is not allowed: inference would compute such crops again in fp32, and take twice as long.
+    """
     with (run / "split.csv").open(newline="") as lines:
         paths = [Path(row["path"]) for row in csv.DictReader(lines)]
     chosen = np.random.default_rng(0).permutation(len(paths))[:DRIFT_CROPS]
     crops = load_crops([Crop(paths[n], 0, "", "") for n in chosen])
-    exact = Ensemble.load(folder, "cpu", "fp32").predict(crops).p_atypical
+    exact, _ = predict(folder, crops, device, "fp32")
     drift: dict[str, float | None] = {"fp32": 0.0}
-    fp16_safe = lookup(load_manifest(folder).members[0].backbone).fp16_safe
+    fp16_safe = all(lookup(member.backbone).fp16_safe for member in load_manifest(folder).members)
     for precision in ("bf16", "fp16"):
         if precision == "fp16" and not fp16_safe:
             drift[precision] = None
             continue
-        found = Ensemble.load(folder, "auto", precision).predict(crops).p_atypical
+        found, recomputed = predict(folder, crops, device, precision)
         largest = float(np.abs(found - exact).max())
-        drift[precision] = round(largest, 5) if largest <= DRIFT_ALLOWED else None
+        drift[precision] = round(largest, 5) if largest <= DRIFT_ALLOWED and not recomputed else None
     return drift
+
+
+def predict(folder: Path, crops: list[np.ndarray], device: str, precision: str) -> tuple[np.ndarray, int]:
+    """P(atypical) (N,) and how many crops overflowed; on a terminal, with a line that says how far it is."""
+    ensemble = Ensemble.load(folder, device, precision)
+    print(f"measuring {precision} on {len(crops)} crops", flush=True)
+    progress, parts, recomputed = Progress(len(crops), f"crops in {precision}"), [], 0
+    for start in range(0, len(crops), DRIFT_STEP):
+        answer = ensemble.predict(crops[start : start + DRIFT_STEP])
+        parts.append(answer.p_atypical)
+        recomputed += answer.recomputed
+        done = min(start + DRIFT_STEP, len(crops))
+        progress.show(done, done, done)
+    progress.clear()
+    return np.concatenate(parts), recomputed

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,16 +13,20 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from inference.device import keep_freed_memory
+from inference.backbones import lookup
+from inference.device import keep_freed_memory, native_precision
 from inference.errors import UserError
+from inference.files import read_json, replacing, write_whole
 from inference.manifest import BASES
 
 from .data import Crop, describe, load_data
 from .feed import load_crops
 from .loop import Run, fit_fold
 from .processes import die_with_parent, fit_in_parallel, on_main, say
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe, from_dict, load_recipe
 from .splits import read_split, split, write_split
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 def add_inputs(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +48,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--parallel", type=int, default=1, metavar="N", help="folds at once, each on a GPU of its own (default 1)"
     )
+    about = "threads that augment batches ahead, with the same result (default: 0 on a CPU, up to 8 for a GPU)"
+    parser.add_argument("--workers", type=int, metavar="N", help=about)
+    about = "print parameters, memory, steps, FLOPs and hours, from a measurement of ten steps, and write nothing"
+    parser.add_argument("--plan", action="store_true", help=about)
     parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # the process that --parallel is in
 
 
@@ -53,14 +60,20 @@ def run(options: argparse.Namespace) -> None:
         die_with_parent()
         if os.getppid() != options.parent:  # it was gone already
             raise SystemExit(1)
-    recipe = load_recipe(options.recipe, options.set)
     folder = options.run or Path("runs") / Path(options.recipe).stem
+    recipe = settle_precision(load_recipe(options.recipe, options.set), folder)
     base = find_base(recipe, options.base)
-    if options.parallel != 1:
+    workers = count_workers(options.workers)
+    if options.parallel != 1 and not options.plan:
         return run_parallel(options, recipe, folder, base)
     accelerator = make_accelerator(recipe)
     crops = load_data(options.data, lambda line: None if options.parent else say(accelerator, line))
-    fit(Run(recipe, folder, crops, load_crops(crops), base, accelerator), options.fold)
+    what = Run(recipe, folder, crops, load_crops(crops), base, accelerator, workers)
+    if options.plan:
+        from .plan import plan
+
+        return plan(what, options.fold)
+    fit(what, options.fold)
 
 
 def run_parallel(options: argparse.Namespace, recipe: Recipe, folder: Path, base: Path) -> None:
@@ -77,8 +90,14 @@ def run_parallel(options: argparse.Namespace, recipe: Recipe, folder: Path, base
     left = [number for number in numbers if not (folder / f"fold{number}" / "oof.npz").exists()]
     if len(left) < len(numbers):
         print(f"finished: {len(numbers) - len(left)} of {len(numbers)} folds")
-    words = {"--recipe": [options.recipe], "--set": options.set, "--data": options.data, "--run": [folder],
-             "--base": [base]}  # fmt: skip
+    words = {
+        "--recipe": [options.recipe],
+        "--set": [*options.set, f"precision={recipe.precision}"],
+        "--data": options.data,
+        "--run": [folder],
+        "--base": [base],
+        "--workers": [] if options.workers is None else [options.workers],
+    }
     if left:
         fit_in_parallel(left, options.parallel, [f"{k}={v}" for k, values in words.items() for v in values])
 
@@ -101,6 +120,37 @@ def choose(fold: np.ndarray, only: Sequence[int] | None) -> Sequence[int]:
     return list(dict.fromkeys(only)) if only else numbers
 
 
+def count_workers(asked: int | None) -> int:
+    """Threads that augment ahead: on a CPU none, since the forward pass keeps all cores busy; for a GPU up to eight."""
+    if asked is not None:
+        if asked < 0:
+            raise UserError(f"--workers {asked}; expected the number of threads that augment ahead, 0 or more")
+        return asked
+    if not torch.cuda.is_available():
+        return 0
+    return min(8, max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+
+
+def settle_precision(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with a precision in place of "auto": the one that the run was begun in, or the hardware's own."""
+    if recipe.precision not in PRECISIONS:
+        raise UserError(
+            f"recipe: precision {recipe.precision!r} is not known; expected one of {', '.join(PRECISIONS)}; change it"
+        )
+    if recipe.precision != "auto":
+        return recipe
+    if (folder / "recipe.json").exists():
+        chosen, why = read_recipe(folder).precision, "as the run began"
+    else:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        chosen, why = native_precision(device), "what this hardware multiplies natively"
+        if chosen == "fp16" and not lookup(recipe.backbone).fp16_safe:
+            chosen, why = "fp32", f"fp16, which this hardware multiplies natively, overflows in {recipe.backbone}"
+    if os.environ.get("RANK", "0") == "0":
+        print(f"precision {chosen}: {why}", flush=True)
+    return dataclasses.replace(recipe, precision=chosen)
+
+
 def find_base(recipe: Recipe, asked: Path | None) -> Path:
     base = asked or BASES / f"{recipe.backbone}.safetensors"
     if not base.exists():
@@ -112,9 +162,6 @@ def find_base(recipe: Recipe, asked: Path | None) -> Path:
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
     """Device and mixed precision of the run. `accelerate launch -m training fit ...` starts several processes."""
-    known = ("fp32", "bf16", "fp16")
-    if recipe.precision not in known:
-        raise UserError(f"recipe: precision {recipe.precision!r} is not known; expected one of {', '.join(known)}")
     if recipe.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("recipe: precision fp16 needs a GPU and found none; use --set precision=bf16")
     if "LOCAL_RANK" in os.environ:  # one of a launcher's processes
@@ -123,6 +170,15 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     return accelerator
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """The recipe of a run folder, from this or an earlier version. UserError where there is none."""
+    do = "expected a run folder; make one with 'training fit'"
+    try:
+        return from_dict(read_json(folder / "recipe.json", do))
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no recipe.json; {do}") from None
 
 
 def prepare(run: Run) -> np.ndarray:
@@ -135,21 +191,24 @@ def write_run(folder: Path, recipe: Recipe, crops: Sequence[Crop]) -> np.ndarray
 
     Each file appears whole or not at all, and comes out the same for all, so jobs of one run may start at once.
     """
-    contents = {"recipe.json": dataclasses.asdict(recipe), "data.json": describe(crops)}
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial", dir=folder) as partial:
-        for name, content in contents.items():
-            file, new = folder / name, Path(partial) / name
-            new.write_text(json.dumps(content, indent=1) + "\n")
-            if file.exists() and file.read_text() != new.read_text():
-                raise UserError(f"{file} differs from this call; expected the same run's; choose another --run folder")
-        if not (folder / "split.csv").exists():
-            write_split(
-                Path(partial) / "split.csv",
-                crops,
-                split(crops, recipe.split, recipe.folds, recipe.seed, recipe.split_by),
+    recipe_file, data_file, split_file = (folder / name for name in ("recipe.json", "data.json", "split.csv"))
+    settings, described = dataclasses.asdict(recipe), describe(crops)
+    if recipe_file.exists():
+        found = dataclasses.asdict(read_recipe(folder))
+        changed = [name for name, value in settings.items() if found[name] != value]
+        if changed:
+            raise UserError(
+                f"{recipe_file} differs from this call in {', '.join(changed)}; expected the same settings; "
+                "choose another --run folder"
             )
-        for new in Path(partial).iterdir():
-            if not (folder / new.name).exists():
-                os.replace(new, folder / new.name)
+    if data_file.exists() and read_json(data_file, "choose another --run folder") != described:
+        raise UserError(f"{data_file} describes other data than this call; choose another --run folder")
+    for file, content in ((recipe_file, settings), (data_file, described)):
+        if not file.exists():
+            write_whole(file, json.dumps(content, indent=1) + "\n")
+    if not split_file.exists():
+        fold = split(crops, recipe.split, recipe.folds, recipe.seed, recipe.split_by)
+        with replacing(split_file) as partial:
+            write_split(partial, crops, fold)
     return read_split(folder / "split.csv", crops)

@@ -9,7 +9,6 @@ average their gradients: the same steps as one process takes, up to rounding, bu
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from inference.backbones import lookup
 from inference.device import DTYPES
 from inference.errors import UserError
+from inference.files import replacing
 from inference.manifest import TTA_VIEWS
 from inference.metrics import roc_auc
 from inference.preprocess import to_batch, views
@@ -50,7 +50,9 @@ VIEWS_AT_ONCE = {"efficientnet": 512, "vit": 64, "dinov3": 64}  # in a forward p
 class Run:
     """What the folds of a run share.
 
-    images: of all crops, each uint8 (H, W, 3); workers: threads that augment ahead; overrides: arguments for timm, in tests
+    images: of all crops, each uint8 (H, W, 3)
+    workers: threads that augment batches ahead
+    overrides: arguments for timm, for miniatures in tests
     """
 
     recipe: Recipe
@@ -170,7 +172,8 @@ def introduce(run: Run, state: State, feed: Feed, watched: int, held_out: int) -
         f"{counts['adapters']:,} in adapters, {counts['head']:,} in the head{shared}"
     )
     for shares in loss_shares(run.recipe, feed.crops):
-        run.say(f"{name}: shares of the loss: " + ", ".join(f"{key} {value:.1%}" for key, value in shares.items()))
+        if len(shares) > 1:
+            run.say(f"{name}: shares of the loss: " + ", ".join(f"{key} {value:.1%}" for key, value in shares.items()))
 
 
 def train_epoch(state: State, feed: Feed) -> float:
@@ -231,7 +234,6 @@ def store(out: Path, model: torch.nn.Module, held_out: list[int], logits: torch.
     """Write the adapter in PEFT's format, then oof.npz, which says that the fold is finished."""
     model.save_pretrained(str(out))  # type: ignore[operator]
     (out / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-    partial = out / "oof.partial.npz"
-    np.savez(partial, index=np.array(held_out), logits=logits.numpy())
-    os.replace(partial, out / "oof.npz")
+    with replacing(out / "oof.npz") as partial, partial.open("wb") as file:
+        np.savez(file, index=np.array(held_out), logits=logits.numpy())
     (out / "checkpoint.pt").unlink(missing_ok=True)

@@ -52,8 +52,8 @@ class Recipe:
     clip: float = 1.0
     drop: float = 0.0  # dropout before the head
     ema: float = 0.0  # decay per step of the averaged weights; 0 keeps the last ones
-    # epochs without a better AUC before a fold stops, keeping its best; 0 never. An eighth of the training crops judges,
-    # by whole groups, and does not train: the crops that the fold is scored on choose nothing
+    # epochs without a better AUC before a fold stops and keeps its best; 0 never. An eighth of the training crops, by
+    # whole groups, judges instead of training: the crops that the fold is scored on choose nothing
     patience: int = 0
     checkpointing: bool = False
     precision: str = "auto"  # fp32, bf16, fp16, or auto: what the hardware multiplies natively

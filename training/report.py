@@ -1,7 +1,8 @@
 """The report of a run: one self-contained HTML page of its out-of-fold scores, curves, folds, domains and settings.
 
-Every probability in it comes from the fold that did not train on the crop, with the TTA, averaging, temperature and
-threshold that `calibrate` chooses. Intervals are a bootstrap over groups.
+Every probability in it comes from the fold that did not train on the crop. The first panel is leave-one-fold-out: TTA,
+averaging, temperature and threshold are chosen without the fold that they score. The charts and tables show what is
+shipped, chosen on all folds. Intervals are a bootstrap over groups.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from inference import manifest
 from inference.errors import UserError
+from inference.files import write_whole
 from inference.manifest import TTA_VIEWS
 from inference.metrics import intervals, scores
+from inference.report.page import read
 
-from .calibrate import OutOfFold, averaged, calibrate, calibrated, read_out_of_fold
+from .calibrate import METRICS, OutOfFold, averaged, calibrate, calibrated, read_out_of_fold
 from .curves import curves_chart, reliability_chart, roc_chart, threshold_chart
 
-PAGE = Path(manifest.__file__).parent / "report" / "page.css"  # the common look of the project's pages
 FEW = 10  # atypical crops: with fewer, one crop moves the balanced accuracy of a domain by more than five points
 NAMES = {
     "balanced_accuracy": "Balanced accuracy", "sensitivity": "Sensitivity", "specificity": "Specificity", "auc": "AUC",
@@ -55,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
     page = report(options.run)
     target = options.output or options.run / "report.html"
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page, encoding="utf-8")
+    write_whole(target, page)
     print(f"{target}: {len(page):,} bytes; open it in a browser")
 
 
@@ -72,10 +73,13 @@ def report(run: Path) -> str:
     pooled, spans = scores(oof.labels, p, threshold), intervals(oof.labels, p, oof.groups, threshold)
     histories = [_history(run / f"fold{fold}" / "metrics.csv") for fold in np.unique(oof.folds)]
     panels = [
-        _panel("Out of fold", _figures(pooled, spans) + f"""<p class="small muted">{counts}. Called atypical from
+        _panel("Leave one fold out", _left_out(chosen) + f"""<p class="small muted">{counts}. Each fold is scored with
+            the TTA, averaging, temperature, shift and threshold that the other folds choose. In brackets: 95%
+            intervals from resampled slides, with the thresholds chosen anew in each resample.</p>""", wide=True),
+        _panel("At the shipped threshold", _numbers(pooled, spans) + f"""<p class="small muted">Called atypical from
             P = {threshold:.3f} on; TTA {chosen["tta"]}, mean {chosen["averaging"]}, temperature
-            {chosen["temperature"]:.2f}, shift {chosen["shift"]:+.2f}. In brackets: 95% intervals from resampled
-            slides.</p>""", wide=True),
+            {chosen["temperature"]:.2f}, shift {chosen["shift"]:+.2f}: all chosen on these same crops, which flatters.
+            In brackets: 95% intervals from resampled slides, with the threshold held fixed.</p>""", wide=True),
         _panel("ROC", roc_chart(oof, p, threshold).svg()),
         _panel("Threshold", threshold_chart(oof, p, chosen).svg()
                + f"""<p class="small muted">At 0.5 on uncalibrated probabilities, the balanced accuracy would be
@@ -83,7 +87,7 @@ def report(run: Path) -> str:
         _panel("Reliability", reliability_chart(oof, raw, p).svg()),
         _panel("Confusion", _confusion(oof.labels, p >= threshold)),
         _panel("Loss", curves_chart(histories, ("loss", "validation_loss"), "loss").svg()),
-        _panel("AUC by epoch", curves_chart(histories, ("auc",), "AUC of the held-out fold, one view").svg()),
+        _panel("AUC by epoch", curves_chart(histories, ("auc",), "AUC, one view").svg()),
         _panel("Folds", _table(oof, p, threshold, oof.folds, "Fold", (pooled, spans)), wide=True),
         _panel("Domains", _table(oof, p, threshold, oof.domains, "Tumour x scanner", None), wide=True),
         _panel("Test-time augmentation, by AUC", _tried(chosen)),
@@ -94,14 +98,13 @@ def report(run: Path) -> str:
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>Training report: {name}</title><style>{PAGE.read_text(encoding="utf-8")}{STYLE}</style></head><body>
+<title>Training report: {name}</title><style>{read("page.css")}{STYLE}</style></head><body>
 <header class="page"><h1>Training report: {name}</h1>
 <p>{escape(settings["backbone"])}, LoRA rank {settings["rank"]} on {escape(settings["targets"])},
 {len(histories)} folds split {escape(settings["split"])}, seed {settings["seed"]}</p></header>
 <main class="panels">{"".join(panels)}</main>
 <footer>Each crop is scored by the fold that did not train on it. The ensemble of all folds cannot be scored on these
-crops: every one of them trained some fold. Threshold, temperature and shift were chosen on the same crops, which
-flatters the scores a little.</footer></body></html>
+crops: every one of them trained some fold.</footer></body></html>
 """
 
 
@@ -136,11 +139,21 @@ def _span(span: tuple[float, float]) -> str:
     return f"[{_number(span[0])}, {_number(span[1])}]"
 
 
-def _figures(found: dict[str, float], spans: dict[str, tuple[float, float]]) -> str:
-    return '<dl class="figures">' + "".join(
-        f"<div><dt>{label}</dt><dd>{_number(found[key])}<small>{_span(spans[key])}</small></dd></div>"
-        for key, label in NAMES.items()
-    ) + "</dl>"  # fmt: skip
+def _numbers(found: dict[str, float], spans: dict[str, tuple[float, float]]) -> str:
+    """Metrics as large numbers, with their intervals where there are any."""
+    cells = []
+    for key, value in found.items():
+        span = _span(spans[key]) if key in spans else ""
+        cells.append(f"<div><dt>{NAMES[key]}</dt><dd>{_number(value)}<small>{span}</small></dd></div>")
+    return f'<dl class="figures">{"".join(cells)}</dl>'
+
+
+def _left_out(chosen: dict[str, Any]) -> str:
+    """The leave-one-fold-out metrics of `calibrate`."""
+    if chosen["balanced_accuracy"] is None:
+        return "<p>Not possible: without one of the folds a class is missing.</p>"
+    found = {key: chosen[key] for key in METRICS}
+    return _numbers(found, {key: chosen[f"{key}_interval"] for key in METRICS if chosen.get(f"{key}_interval")})
 
 
 def _confusion(labels: np.ndarray, called: np.ndarray) -> str:

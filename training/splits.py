@@ -72,7 +72,8 @@ def stratified(labels: np.ndarray, units: np.ndarray | None, folds: int, seed: i
 def domains_of(crops: Sequence[Crop], by: str) -> np.ndarray:
     """The domain of each crop (N,) by a column or a product of columns, such as "tumour x origin".
 
-    by: one or more of COLUMNS, joined by " x ", or "eight-groups". UserError where it is not, or a crop's value is missing.
+    by: one or more of COLUMNS, joined by " x ", or "eight-groups"
+    UserError where it is neither, or where a crop has no value.
     """
     columns = ("tumour x origin" if by == EIGHT_GROUPS else by).split(" x ")
     for column in columns:

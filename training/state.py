@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from .log import save_atomically
+from inference.files import replacing
+
 from .recipe import Recipe
 
 Tensors = dict[str, torch.Tensor]
@@ -84,7 +85,8 @@ class State:
             "best": self.best,
             "stale": self.stale,
         }
-        save_atomically(content, file)
+        with replacing(file) as partial:
+            torch.save(content, partial)
 
     def current(self) -> Tensors:
         """A copy of the trainable weights as they are now."""

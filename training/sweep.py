@@ -20,12 +20,12 @@ from inference.adapters import open_safetensors
 from inference.backbones import BACKBONES, lookup
 from inference.errors import UserError
 from inference.manifest import BASES
-from inference.metrics import scores
+from inference.metrics import balanced_accuracy
 
-from .calibrate import OutOfFold, calibrate, calibrated, read_out_of_fold
+from .calibrate import METRICS, calibrate, leave_one_fold_out, read_out_of_fold
 from .data import load_data
 from .feed import load_crops
-from .fit import add_inputs, find_base, fit, make_accelerator
+from .fit import add_inputs, find_base, fit, make_accelerator, settle_precision
 from .loop import Run
 from .processes import say
 from .recipe import Recipe, load_recipe
@@ -45,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    shared = load_recipe(options.recipe, options.set)
+    shared = settle_precision(load_recipe(options.recipe, options.set), options.run)
     names = options.backbone or [name for name in BACKBONES if (options.bases / f"{name}.safetensors").exists()]
     if not names:
         raise UserError(
@@ -89,26 +89,30 @@ def variant(shared: Recipe, backbone: str, split: str, rank: int) -> Recipe:
 def summarise(run: Path, recipe: Recipe) -> dict[str, Any]:
     """One row of the table from a finished run."""
     oof = read_out_of_fold(run)
-    chosen = calibrate(oof)
-    p = calibrated(oof.logits, chosen)
-    pooled = scores(oof.labels, p, chosen["threshold"])
-    folds = _by(oof, p, chosen["threshold"], oof.folds)
+    found, left = calibrate(oof), leave_one_fold_out(oof)
+    if left is None:
+        raise UserError(f"{run}: without one of its folds a class is missing; expected both; use fewer folds")
+    by = {
+        name: [balanced_accuracy(oof.labels[keys == k], left.called[keys == k]) for k in np.unique(keys)]
+        for name, keys in (("fold", oof.folds), ("domain", oof.domains))
+    }
     adapter = open_safetensors(run / "fold0" / "adapter_model.safetensors")
     trainable = sum(int(np.prod(adapter.get_slice(name).get_shape())) for name in adapter.keys())  # noqa: SIM118
-    low, high = chosen["balanced_accuracy_interval"]
+    low, high = found["balanced_accuracy_interval"] or (float("nan"), float("nan"))
     return {
-        "backbone": recipe.backbone, "split": recipe.split, "rank": recipe.rank, "trainable": trainable,
-        "folds": len(folds), "balanced_accuracy": pooled["balanced_accuracy"], "low": low, "high": high,
-        "fold_mean": float(np.nanmean(folds)), "fold_sd": float(np.nanstd(folds, ddof=1)),
-        "worst_domain": float(np.nanmin(_by(oof, p, chosen["threshold"], oof.domains))),
-        "sensitivity": pooled["sensitivity"], "specificity": pooled["specificity"], "auc": pooled["auc"],
-        "threshold": chosen["threshold"], "tta": chosen["tta"], "seconds": training_seconds(run),
-    }  # fmt: skip
-
-
-def _by(oof: OutOfFold, p: np.ndarray, threshold: float, keys: np.ndarray) -> list[float]:
-    """Balanced accuracy of each of `keys`."""
-    return [scores(oof.labels[keys == k], p[keys == k], threshold)["balanced_accuracy"] for k in np.unique(keys)]
+        "backbone": recipe.backbone,
+        "split": recipe.split,
+        "rank": recipe.rank,
+        "trainable": trainable,
+        "folds": len(by["fold"]),
+        "low": low,
+        "high": high,
+        "fold_mean": float(np.nanmean(by["fold"])),
+        "fold_sd": float(np.nanstd(by["fold"], ddof=1)),
+        "worst_domain": float(np.nanmin(by["domain"])),
+        "seconds": training_seconds(run),
+        **{name: found[name] for name in (*METRICS, "threshold", "tta")},
+    }
 
 
 def training_seconds(run: Path) -> float:
@@ -121,7 +125,7 @@ def training_seconds(run: Path) -> float:
 
 
 def write_tables(folder: Path, rows: Sequence[dict[str, Any]], recipe: str) -> None:
-    """sweep.csv with every figure, and sweep.md for people, best first."""
+    """sweep.csv with every column, and sweep.md for people, best first."""
     with (folder / "sweep.csv").open("w", newline="") as out:
         writer = csv.DictWriter(out, COLUMNS)
         writer.writeheader()
@@ -129,8 +133,9 @@ def write_tables(folder: Path, rows: Sequence[dict[str, Any]], recipe: str) -> N
     head = ("backbone", "split", "rank", "trainable", "balanced accuracy", "folds", "worst domain", "sensitivity",
             "specificity", "AUC", "minutes")  # fmt: skip
     lines = [
-        f"Out-of-fold scores, recipe `{Path(recipe).stem}`, alpha / rank constant. In brackets: 95% interval from",
-        "resampled slides; folds: mean and standard deviation. Random splits leak: slides lie on both sides of them.",
+        f"Out-of-fold metrics, recipe `{Path(recipe).stem}`, alpha / rank constant; each fold's threshold is chosen on",
+        "the others. In brackets: 95% interval from resampled slides; folds: mean and standard deviation. Random",
+        "splits leak: slides lie on both sides of them.",
         "",
         f"| {' | '.join(head)} |",
         "|---|---|--:|--:|---|---|--:|--:|--:|--:|--:|",

@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from inference.ensemble import average
+from inference.averaging import average
+from inference.errors import UserError
 from inference.metrics import (
     balanced_accuracy,
     best_threshold,
@@ -19,10 +20,21 @@ from inference.metrics import (
     roc_auc,
     roc_curve,
     scores,
+    sigmoid,
 )  # fmt: skip
 from test.support.tables import fake_run
 from training.__main__ import main
-from training.calibrate import OutOfFold, averaged, calibrate, calibrated, fit_scale, read_out_of_fold, sigmoid
+from training.calibrate import (
+    RESAMPLES,
+    OutOfFold,
+    averaged,
+    calibrate,
+    calibrated,
+    fit_scale,
+    leave_one_fold_out,
+    read_out_of_fold,
+    resampled,
+)
 
 
 def made_up(n: int = 3000, views_noise: float = 0.0, scale: float = 1.0, seed: int = 0) -> OutOfFold:
@@ -62,7 +74,8 @@ def test_the_threshold_has_high_balanced_accuracy_and_an_interval_around_it():
     p = calibrated(oof.logits, chosen)
     low, high = chosen["threshold_interval"]
     assert low < chosen["threshold"] < high
-    assert best_threshold(oof.labels, p)[1] - 0.01 < chosen["balanced_accuracy"] <= best_threshold(oof.labels, p)[1]
+    same = chosen["same_crops"]["balanced_accuracy"]
+    assert best_threshold(oof.labels, p)[1] - 0.01 < same <= best_threshold(oof.labels, p)[1]
     low, high = chosen["balanced_accuracy_interval"]
     assert low < chosen["balanced_accuracy"] < high < low + 0.06
 
@@ -70,7 +83,7 @@ def test_the_threshold_has_high_balanced_accuracy_and_an_interval_around_it():
 def test_training_and_inference_average_alike():
     logits = np.random.default_rng(0).normal(size=(8, 50))
     for rule in ("logit", "probability"):
-        assert np.allclose(averaged(logits, rule, 1.7), average(logits[None], rule, 1.7)[0])
+        assert np.allclose(averaged(logits, rule, 1.7), average([logits[None]], rule, 1.7))
 
 
 def test_scores_against_scikit_learn():
@@ -125,3 +138,77 @@ def test_the_command_writes_its_choices_and_refuses_unfinished_runs(tmp_path, ca
     assert main(["calibrate", str(run)]) == 1
     assert "fold 1 is not finished; run 'training fit' again" in capsys.readouterr().err
     assert main(["calibrate", str(tmp_path)]) == 1
+
+
+def noise(crops: int, atypical: int, folds: int = 3, a_slide: int = 5, seed: int = 0) -> OutOfFold:
+    """Logits that say nothing about the labels."""
+    g = np.random.default_rng(seed)
+    labels = np.zeros(crops, int)
+    labels[g.permutation(crops)[:atypical]] = 1
+    slides = np.arange(crops) // a_slide
+    groups, domains = np.array([f"s{slide}" for slide in slides]), np.array(["d"] * crops)
+    return OutOfFold(g.normal(size=(8, crops)), labels, groups, domains, slides % folds)
+
+
+def test_leave_one_fold_out_does_not_flatter_noise():
+    """On thirty sets of noise the shipped threshold's own crops promise more than chance; the left-out folds do not."""
+    results = [calibrate(noise(90, 20, seed=seed)) for seed in range(30)]
+    assert np.mean([result["same_crops"]["balanced_accuracy"] for result in results]) > 0.55
+    assert abs(np.mean([result["balanced_accuracy"] for result in results]) - 0.5) < 0.03
+
+
+def test_a_fold_is_judged_by_what_the_others_choose():
+    oof = made_up(900)
+    left = leave_one_fold_out(oof)
+    for fold in (0, 1, 2):
+        here = oof.folds == fold
+        alone = calibrate(oof.part(~here))
+        assert left.chosen[fold]["threshold"] == alone["threshold"]
+        assert np.array_equal(left.p[here], calibrated(oof.logits[:, here], alone))
+        assert np.array_equal(left.called[here], left.p[here] >= alone["threshold"])
+    found = calibrate(oof)
+    assert found["balanced_accuracy"] == balanced_accuracy(oof.labels, left.called)
+
+
+def test_the_interval_chooses_the_thresholds_anew():
+    oof = made_up(120, seed=3)
+    left = leave_one_fold_out(oof)
+    draw = group_bootstrap(oof.groups, RESAMPLES)[0]
+    drawn, p = oof.part(draw), {fold: calibrated(oof.logits, chosen)[draw] for fold, chosen in left.chosen.items()}
+    called = np.zeros(len(draw), bool)
+    for fold in (0, 1, 2):
+        here = drawn.folds == fold
+        called[here] = p[fold][here] >= best_threshold(drawn.labels[~here], p[fold][~here])[0]
+    accuracies, aucs = resampled(oof, left)
+    assert (
+        accuracies[0] == balanced_accuracy(drawn.labels, called) != balanced_accuracy(drawn.labels, left.called[draw])
+    )
+    assert aucs[0] == roc_auc(drawn.labels, left.p[draw])
+
+
+@pytest.mark.parametrize(("crops", "atypical"), [(30, 2), (30, 1), (12, 3)])
+def test_few_crops_of_a_class_do_not_stop_it(crops, atypical):
+    found = calibrate(noise(crops, atypical))
+    assert 0 < found["threshold"] < 1
+    json.dumps(found, allow_nan=False)
+
+
+def test_a_missing_class():
+    with pytest.raises(UserError, match="found 30 crops, 0 of them atypical; calibration needs both"):
+        calibrate(noise(30, 0))
+    oof = noise(30, 6)
+    oof.labels[oof.folds != 0] = 0
+    oof.labels[np.flatnonzero(oof.folds == 0)[:3]] = 1
+    found = calibrate(oof)  # without fold 0, nothing is atypical
+    assert (found["balanced_accuracy"], found["auc"], found["balanced_accuracy_interval"]) == (None, None, None)
+    assert found["same_crops"]["balanced_accuracy"] > 0
+
+
+def test_every_bootstrap_draws_slides(monkeypatch):
+    import training.calibrate
+
+    drawn = []
+    real = training.calibrate.group_bootstrap
+    monkeypatch.setattr(training.calibrate, "group_bootstrap", lambda g, n: drawn.append(g) or real(g, n))
+    calibrate(made_up(300))
+    assert all(len(set(groups)) < len(groups) for groups in drawn) and len(drawn) >= 3

@@ -50,7 +50,7 @@ def test_the_folder_holds_exactly_what_the_manifest_names(trained):
 def test_the_manifest_says_what_was_chosen_and_on_what(trained):
     manifest = load_manifest(trained / "weights" / "mine")
     chosen = calibrate(read_out_of_fold(trained / "run"))
-    assert (manifest.tta, manifest.averaging) == (chosen["tta"], chosen["averaging"])
+    assert (manifest.members[0].tta, manifest.averaging) == (chosen["tta"], chosen["averaging"])
     assert manifest.threshold == pytest.approx(chosen["threshold"], abs=1e-3)
     assert manifest.temperature == pytest.approx(chosen["temperature"], abs=1e-3)
     provenance = manifest.provenance
@@ -60,7 +60,7 @@ def test_the_manifest_says_what_was_chosen_and_on_what(trained):
     assert provenance["recipe"]["rank"] == 2
     assert provenance["out_of_fold"]["auc"] == chosen["auc"]
     assert {"torch", "timm", "peft", "python"} <= provenance["versions"].keys()
-    assert manifest.precision["fp32"] == 0
+    assert manifest.members[0].precision["fp32"] == 0
 
 
 def test_no_path_of_this_machine_leaves_it(trained):
@@ -76,7 +76,7 @@ def test_inference_gives_the_out_of_fold_answers_of_each_fold(trained):
     found = Ensemble.load(trained / "weights" / "mine", "cpu", "fp32").predict(images)
     for fold in range(3):
         stored = np.load(trained / "run" / f"fold{fold}" / "oof.npz")
-        logits = stored["logits"][: found.logits.shape[1]]
+        logits = stored["logits"][: found.logits[0].shape[1]]
         expected = averaged(
             logits, manifest.averaging, manifest.temperature, manifest.provenance["out_of_fold"]["shift"]
         )
@@ -113,3 +113,47 @@ def test_an_unfinished_run_is_refused(trained, tmp_path, capsys):
     assert main(arguments) == 1
     assert "fold 2 is not finished" in capsys.readouterr().err
     assert json.loads((run / "data.json").read_text())["crops"] == 24
+
+
+def test_folds_of_an_earlier_export_are_not_packed(trained, tmp_path, capsys):
+    output = tmp_path / "mine"
+    (output / "fold7").mkdir(parents=True)
+    base = ["--base", str(trained / "base.safetensors"), "--include-base"]
+    assert main(["export", str(trained / "run"), "--output", str(output), *base]) == 1
+    assert "holds fold7 of another ensemble" in capsys.readouterr().err
+
+
+def test_a_precision_that_overflows_is_not_allowed(trained, tmp_path, monkeypatch, capsys):
+    """Its crops are computed again in fp32, so that the answers do not change; only the time does."""
+    from inference.ensemble import Member
+
+    real = Member.predict
+
+    def overflows(self, *arguments):
+        if self.precision == "fp16":
+            self.recomputed += 1
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Member, "predict", overflows)
+    output = tmp_path / "mine"
+    base = ["--base", str(trained / "base.safetensors"), "--include-base"]
+    assert main(["export", str(trained / "run"), "--output", str(output), "--device", "cpu", *base]) == 0
+    found = load_manifest(output).members[0].precision
+    assert found["fp16"] is None
+    assert found["bf16"] is not None
+    out = capsys.readouterr().out
+    assert [f"measuring {precision} on 24 crops" in out for precision in ("fp32", "bf16", "fp16")] == [True] * 3
+
+
+def test_a_run_of_an_earlier_version_exports(trained, tmp_path):
+    """Its recipe.json lacks the settings that have come since."""
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run", run)
+    settings = json.loads((run / "recipe.json").read_text())
+    for name in ("grid", "optical", "macenko", "shuffle_p", "clahe", "clahe_p", "defocus", "motion"):
+        del settings["augment"][name]
+    del settings["split_by"]
+    (run / "recipe.json").write_text(json.dumps(settings))
+    base = ["--base", str(trained / "base.safetensors"), "--include-base"]
+    for words in (["calibrate"], ["report"], ["export", "--output", str(tmp_path / "out"), *base]):
+        assert main([words[0], str(run), *words[1:]]) == 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from training.data import Crop
-from training.feed import loss_weights, targets
+from training.feed import loss_shares, loss_weights, targets
 from training.losses import focal, weights_by
 from training.recipe import Recipe
 
@@ -73,3 +73,32 @@ def test_soft_labels_mix_label_and_votes():
     assert targets(Recipe("uni", soft_labels=0.0), crops).tolist() == [1, 0]
     assert targets(Recipe("uni", soft_labels=1.0), crops).tolist() == pytest.approx([2 / 3, 0])
     assert targets(Recipe("uni", soft_labels=0.5), crops).tolist() == pytest.approx([5 / 6, 0])
+
+
+# normal and atypical figures of MIDOG25 by tumour x scanner
+MIDOG25 = [(1976, 351), (745, 110), (3642, 317), (1076, 210), (516, 172), (455, 127), (346, 105), (879, 271), (554, 85)]
+
+
+@pytest.mark.parametrize(
+    ("weighting", "atypical"), [("none", 14.6), ("sqrt_inverse", 30.3), ("effective", 38.8), ("inverse", 50.0)]
+)
+def test_the_shares_of_the_loss_that_the_recipes_name(weighting, atypical):
+    crops = [
+        Crop(Path("x"), label, "g", f"d{domain}")
+        for domain, counts in enumerate(MIDOG25)
+        for label, count in enumerate(counts)
+        for _ in range(count)
+    ]
+    recipe = Recipe("uni", class_weighting="none", domain_weighting=weighting, domain_by_class=True)
+    classes, domains = loss_shares(recipe, crops)
+    assert 100 * classes["atypical"] == pytest.approx(atypical, abs=0.1)
+    assert sum(classes.values()) == pytest.approx(1) == pytest.approx(sum(domains.values()))
+    if weighting == "inverse":
+        weights = loss_weights(recipe, crops)
+        assert float(weights.max() / weights.min()) == pytest.approx(42.8, abs=0.1)
+
+
+def test_sampling_counts_in_the_shares_of_the_loss():
+    crops = [Crop(Path("x"), label, "g", "d") for label in (1, 0, 0, 0)]
+    classes, _ = loss_shares(Recipe("uni", class_weighting="none", sampling="class"), crops)
+    assert classes == {"atypical": pytest.approx(0.5), "normal": pytest.approx(0.5)}

@@ -203,7 +203,7 @@ def test_jobs_of_one_run_may_prepare_it_at_once(fit, tmp_path):
     assert set(before) == {"recipe.json", "data.json", "split.csv"}
     assert (write_run(tmp_path, recipe, crops) == fold).all()
     assert {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == before
-    with pytest.raises(UserError, match=r"recipe\.json differs from this call"):
+    with pytest.raises(UserError, match=r"recipe\.json differs from this call in rank"):
         write_run(tmp_path, load_recipe("default", [*SETTINGS, "rank=4"]), crops)
     assert {file.name for file in tmp_path.iterdir()} == set(before)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from inference.errors import UserError
 from training.data import Crop
-from training.splits import check_leaks, read_split, split, write_split
+from training.splits import check_leaks, domains_of, inner_holdout, read_split, split, write_split
 
 
 def table(groups: list[int], labels: list[int]) -> list[Crop]:
@@ -41,10 +41,72 @@ def test_classes_are_in_proportion():
 
 
 def test_leave_one_domain_out():
-    fold = split(CROPS, "domain", 99)
+    fold = split(CROPS, "leave-one-out", 99)
     assert {(crop.domain, f) for crop, f in zip(CROPS, fold.tolist(), strict=True)} == {("d0", 0), ("d1", 1), ("d2", 2)}
     with pytest.raises(UserError, match="found 1 domain"):
-        split(table([0, 3], [0, 1]), "domain")
+        split(table([0, 3], [0, 1]), "leave-one-out")
+
+
+# MIDOG25's ten groups of tumour, scanner and origin, of which tumour x origin makes eight and tumour x scanner nine
+MIDOG25 = [
+    ("mast cell", "Aperio", "Berlin"), ("lung", "3DH", "Vienna"), ("lymphoma", "3DH", "Vienna"), 
+    ("sarcoma", "3DH", "York"),
+    ("sarcoma", "3DH", "Vienna"), ("breast", "Aperio", "Utrecht"), ("breast", "S360", "Utrecht"),
+    ("breast", "XR", "Utrecht"), ("melanoma", "XR", "Utrecht"), ("neuroendocrine", "XR", "Utrecht"),
+]  # fmt: skip
+
+
+def midog25() -> list[Crop]:
+    return [
+        Crop(
+            Path(f"{n}.png"),
+            int(n % 4 == 0),
+            f"g{n // 6}",
+            f"{tumour} x {scanner}",
+            (),
+            f"{n}",
+            tumour,
+            scanner,
+            origin,
+        )
+        for n in range(600)
+        for tumour, scanner, origin in [MIDOG25[n // 6 % 10]]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("by", "groups"),
+    [("domain", 9), ("tumour", 7), ("scanner", 4), ("origin", 4), ("tumour x scanner", 9), ("tumour x origin", 8),
+     ("eight-groups", 8), ("tumour x scanner x origin", 10)],
+)  # fmt: skip
+def test_folds_keep_domains_whole_by_any_column_or_product(by, groups):
+    crops = midog25()
+    assert len(set(split(crops, "leave-one-out", by=by).tolist())) == groups
+    fold = split(crops, "domain", 3, 1, by)
+    assert set(fold) == {0, 1, 2}
+    for name in set(domains_of(crops, by)):
+        assert len({f for domain, f in zip(domains_of(crops, by), fold.tolist(), strict=True) if domain == name}) == 1
+    with pytest.raises(UserError, match=f"found {groups} values of {by} with the rarer class"):
+        split(crops, "domain", groups + 1, 0, by)
+
+
+def test_a_split_by_what_is_not_known_is_refused():
+    with pytest.raises(UserError, match=r"180 of 180 crops have no origin \(first: 0.png\)"):
+        split(CROPS, "domain", 3, 0, "origin")
+    with pytest.raises(UserError, match="split_by 'colour' is not known"):
+        split(CROPS, "domain", 3, 0, "colour")
+
+
+def test_the_crops_that_choose_an_epoch_are_whole_groups_of_both_classes():
+    chooses = inner_holdout(CROPS, "grouped", 0)
+    assert 0.05 < chooses.mean() < 0.25
+    groups = [
+        {crop.group for crop, inner in zip(CROPS, chooses, strict=True) if inner == side} for side in (False, True)
+    ]
+    assert not groups[0] & groups[1]
+    assert {crop.label for crop, inner in zip(CROPS, chooses, strict=True) if inner} == {0, 1}
+    with pytest.raises(UserError, match=r"found 1 groups .* patience=0"):
+        inner_holdout(table([0, 1, 1], [1, 0, 0]), "grouped", 0)
 
 
 def test_a_leak_is_refused():

@@ -11,6 +11,7 @@ import pytest
 from inference.errors import UserError
 from test.support.tables import fake_run, tiny_table
 from training.__main__ import main
+from training.calibrate import calibrate, read_out_of_fold
 from training.charts import Chart, ticks
 from training.recipe import load_recipe
 from training.report import report
@@ -25,7 +26,18 @@ def test_the_report_is_one_page_that_fetches_nothing(tmp_path):
     assert str(tmp_path) not in page and "/somewhere" not in page
     assert not re.search(r"""(src|href)=|url\(|@import|<script""", page)
     assert page.count("<figure>") == 5
-    for title in ("ROC", "Threshold", "Reliability", "Confusion", "Loss", "Folds", "Domains", "Settings"):
+    for title in (
+        "Leave one fold out",
+        "At the shipped threshold",
+        "ROC",
+        "Threshold",
+        "Reliability",
+        "Confusion",
+        "Loss",
+        "Folds",
+        "Domains",
+        "Settings",
+    ):
         assert f"<h2>{title}</h2>" in page
     for name in (
         "domain 0",
@@ -36,6 +48,8 @@ def test_the_report_is_one_page_that_fetches_nothing(tmp_path):
         "prefers-color-scheme: dark",
     ):
         assert name in page
+    left = calibrate(read_out_of_fold(run))
+    assert f"<dd>{left['balanced_accuracy']:.3f}<small>[{left['balanced_accuracy_interval'][0]:.3f}" in page
     svgs = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
     assert not any("nan" in svg for svg in svgs)
 
