@@ -29,7 +29,6 @@ NAMES = (
     "tables",
     "detections",
     "shards",
-    "settings",
     "requests",
 )
 SHARES = {"tiff": 8, "mha": 3, "image": 3}  # of the time; the others take one each

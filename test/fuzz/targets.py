@@ -181,24 +181,6 @@ def small_tar() -> bytes:
     return stream.getvalue()
 
 
-def crop_settings(content: bytes) -> None:
-    """An output folder of `crops` with this crops.json: taken up, or refused; never overwritten."""
-    from inference.slides.command import SETTINGS, claimed
-
-    folder = workplace() / "crops"
-    folder.mkdir(exist_ok=True)
-    (folder / SETTINGS).write_bytes(content)
-
-    def read() -> None:
-        with claimed(folder, {"mpp": 0.25, "side": 64}):
-            pass
-
-    try:
-        user_error(read)
-    finally:
-        assert not content or (folder / SETTINGS).read_bytes() == content
-
-
 def request(content: bytes) -> None:
     """The bytes of an HTTP request to the server, whose tasks do nothing: an answer or none, and no traceback."""
     from inference.serve import Handler
@@ -314,7 +296,6 @@ TARGETS = {
         ("slide", "..", "/", "nan", "1e999", '\\"', ","),
     ),
     "shards": Target(shard, lambda: {"right": small_tar()}, ("ustar", "a.key", "._a.png", "\\x00")),
-    "settings": Target(crop_settings, lambda: {"right": b'{"mpp": 0.25, "side": 64}'}, (*JSON, "mpp", "side")),
     "requests": Target(
         request,
         lambda: {
