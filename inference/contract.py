@@ -26,9 +26,9 @@ SUFFIXES = (".tif", ".tiff", ".mha")
 def find_stack(input_dir: Path) -> Path:
     """The one image of the job in `input_dir`, known by its folder and suffix alone.
 
-    `inputs.json` is read where it exists: a list of objects whose `socket` or `interface` has a `slug`; nothing else in
-    it is relied on. Hidden files are ignored; `input_dir` itself may be a link, but nothing in it may lead out of it.
-    UserError where the socket is another, or where there is not exactly one image.
+    `inputs.json` is read where it exists: a list of objects whose `socket` or `interface` may have a `slug`; nothing
+    else in it is relied on. Hidden files are ignored; `input_dir` itself may be a link, but nothing in it may lead out
+    of it. UserError where only other sockets are named, or where there is not exactly one image.
     """
     folder = input_dir / "images" / SLUG
     try:
@@ -52,7 +52,11 @@ def _check_inside(file: Path, input_dir: Path) -> None:
 
 
 def _check_socket(listing: Path, input_dir: Path) -> None:
-    """UserError unless `listing` names the stack's socket, or does not exist."""
+    """UserError where `listing` is damaged, or names other sockets and not the stack's.
+
+    A list that names none is no reason to fail: the platform has renamed the key before, and the stack's own folder
+    says as much.
+    """
     _check_inside(listing, input_dir)
     do = "check that it is the platform's"
     try:
@@ -62,8 +66,8 @@ def _check_socket(listing: Path, input_dir: Path) -> None:
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
         raise UserError(f"{listing} holds no list of objects; expected one for each socket; {do}")
     sockets = [value.get(key) for value in values for key in ("socket", "interface")]
-    slugs = [socket.get("slug") for socket in sockets if isinstance(socket, dict)]
-    if SLUG not in slugs:
+    slugs = [socket["slug"] for socket in sockets if isinstance(socket, dict) and isinstance(socket.get("slug"), str)]
+    if slugs and SLUG not in slugs:
         raise UserError(
             f"{listing} names the sockets {slugs[:4]!r:.200}; expected {SLUG}; submit to a phase with that socket"
         )

@@ -32,8 +32,11 @@ def choose_device(asked: str) -> torch.device:
     if asked == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
+        # fp32 means fp32: by default convolutions round their inputs to TF32's ten bits on Ampere and later
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         return torch.device("cuda")
-    if asked == "cuda" or (gpu_is_present() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""):
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # both are ways to ask for the CPU
+    if asked == "cuda" or (gpu_is_present() and not hidden):
         found = "a GPU that PyTorch cannot use" if gpu_is_present() else "no GPU"
         raise UserError(
             f"found {found}; expected one with a driver for CUDA {torch.version.cuda}; "

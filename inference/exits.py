@@ -25,6 +25,8 @@ DEVICE_MEMORY = (
     "CUDA out of memory",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # what creating its handle says where there is no room for its workspace
+    "CUDNN_STATUS_ALLOC_FAILED",
     "unable to find an engine to execute",
 )
 MEMORY = "can't allocate memory", "cannot allocate memory", "bad_alloc", "failed to map segment", "not enough memory"

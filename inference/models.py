@@ -55,7 +55,7 @@ def layer_norm(x: torch.Tensor, w: Weights, name: str, eps: float) -> torch.Tens
 
 
 def add(x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """x + scale * y on the residual stream: in place, but where the folds part."""
+    """x + scale * y on the residual stream, in place unless y is the first with a fold axis."""
     return x.addcmul_(y, scale) if x.shape == y.shape else torch.addcmul(x, y, scale)
 
 
@@ -99,17 +99,22 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return torch.matmul(torch.matmul(q * q.shape[-1] ** -0.5, k.mT).softmax(-1), v)
 
 
+def gated(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * value, in place unless only `value` has a fold axis."""
+    gate = F.silu(gate, inplace=True)
+    return gate * value if len(value) > len(gate) else gate.mul_(value)
+
+
 def mlp(x: torch.Tensor, w: Weights, name: str) -> torch.Tensor:
     """GELU, packed SwiGLU (fc1 holds gate and value) or split SwiGLU (fc1_g, fc1_x), by the names and widths found."""
     if f"{name}.fc1_g.weight" in w.names:
-        hidden = F.silu(dense(x, w, f"{name}.fc1_g"), inplace=True).mul_(dense(x, w, f"{name}.fc1_x"))
+        hidden = gated(dense(x, w, f"{name}.fc1_g"), dense(x, w, f"{name}.fc1_x"))
     else:
         hidden = dense(x, w, f"{name}.fc1")
         if hidden.shape[-1] == w.shape(f"{name}.fc2.weight")[-1]:
             hidden = F.gelu(hidden)
         else:
-            gate, value = hidden.chunk(2, -1)
-            hidden = F.silu(gate, inplace=True).mul_(value)
+            hidden = gated(*hidden.chunk(2, -1))
     return dense(hidden, w, f"{name}.fc2")
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 GRID = 8  # positions along a side: one each 16 pixels of a crop of 128
 WIDTH = 0.11  # standard deviation of a mask, as a part of the side: it hides a disc of about a quarter of the side
 SIDE = 24  # of a map
+BLOCK = 1 << 16  # pixels that are hidden at a time
+CHUNK = 64 << 20  # bytes of the crops that are predicted together
 CENTRE = 0.25  # radius of the disc that counts as the centre, as a part of the side
 
 
@@ -43,13 +45,35 @@ class Attribution:
                 "area": round(self.area, 4), "values": text}  # fmt: skip
 
 
-def masks(side: int) -> np.ndarray:
-    """What each position hides, (GRID^2, side, side) in [0, 1]: a bump with a flat top and soft edges."""
+def bumps(side: int) -> np.ndarray:
+    """One axis of a Gaussian at each position, (GRID, side)."""
     places = (np.arange(GRID) + 0.5) / GRID
     pixels = (np.arange(side) + 0.5) / side
-    bump = np.exp(-0.5 * ((pixels[None] - places[:, None]) / WIDTH) ** 2)  # (GRID, side), one axis of a Gaussian
+    return np.exp(-0.5 * ((pixels[None] - places[:, None]) / WIDTH) ** 2)
+
+
+def masks(side: int) -> np.ndarray:
+    """What each position hides, (GRID^2, side, side) in [0, 1]: a bump with a flat top and soft edges."""
+    bump = bumps(side)
     product = bump[:, None, :, None] * bump[None, :, None, :]
     return np.clip(2 * product, 0, 1).reshape(GRID * GRID, side, side)
+
+
+def hide(square: np.ndarray, position: int, fill: np.ndarray) -> np.ndarray:
+    """A square crop, uint8 (S, S, 3), with one position hidden by the colour `fill` (3,).
+
+    Rows are blended block by block, so that a
+    crop of 8,192 pixels a side takes no more than itself again.
+    """
+    side, bump = len(square), bumps(len(square))
+    row, column = bump[position // GRID], bump[position % GRID]
+    hidden = np.empty_like(square)
+    step = max(1, BLOCK // side)
+    for top in range(0, side, step):
+        part = square[top : top + step].astype(np.float32)
+        mask = np.clip(2 * np.outer(row[top : top + step], column), 0, 1)[..., None]
+        hidden[top : top + step] = np.round(part + mask * (fill - part))
+    return hidden
 
 
 def logit(p: np.ndarray) -> np.ndarray:
@@ -58,18 +82,18 @@ def logit(p: np.ndarray) -> np.ndarray:
 
 
 def attribute(ensemble: Ensemble, crop: np.ndarray) -> Attribution:
-    """The map of one crop, uint8 (H, W, 3), from GRID^2 + 1 predictions of one view each.
-
-    A place is hidden by the crop's own median colour: tissue of the same stain, and no edge that a network could see.
-    """
+    """The map of one crop, uint8 (H, W, 3), from GRID^2 + 1 predictions of one view each."""
     seen = [member.preprocess["crop"] or max(crop.shape) for member in ensemble.manifest.members]
     side = min(*crop.shape[:2], max(seen))
     top, left = (crop.shape[0] - side) // 2, (crop.shape[1] - side) // 2
-    square = crop[top : top + side, left : left + side].astype(np.float32)
-    fill = np.median(square, axis=(0, 1))
-    hidden = masks(side)[..., None]  # (GRID^2, side, side, 1)
-    variants = np.round(square + hidden * (fill - square)).astype(np.uint8)
-    scores = logit(ensemble.predict([square.astype(np.uint8), *variants], tta="none").p_atypical)
+    square = crop[top : top + side, left : left + side]
+    fill = np.median(square, axis=(0, 1))  # tissue of the same stain, and no edge that a network could see
+    count = max(1, CHUNK // square.nbytes)
+    p = [ensemble.predict([square], tta="none").p_atypical]
+    for first in range(0, GRID * GRID, count):
+        hidden = [hide(square, position, fill) for position in range(first, min(first + count, GRID * GRID))]
+        p.append(ensemble.predict(hidden, tta="none").p_atypical)
+    scores = logit(np.concatenate(p))
     fall = scores[0] - scores[1:]  # (GRID^2,)
     weight = masks(SIDE) ** 3  # each position's fall is drawn where it hides most: sharper, and as even
     values = np.tensordot(fall, weight, 1) / weight.sum(0)

@@ -18,7 +18,19 @@ import tempfile
 from pathlib import Path
 
 REGRESSIONS = Path(__file__).parent / "regressions"
-NAMES = ("tiff", "mha", "image", "inputs", "manifest", "adapter-config", "adapter-tensors")
+NAMES = (
+    "tiff",
+    "mha",
+    "image",
+    "inputs",
+    "manifest",
+    "adapter-config",
+    "adapter-tensors",
+    "tables",
+    "detections",
+    "shards",
+    "requests",
+)
 SHARES = {"tiff": 8, "mha": 3, "image": 3}  # of the time; the others take one each
 TIMEOUT, MEMORY = 120, 3072  # seconds on the wall and MiB of one input; the targets count processor time
 

@@ -7,12 +7,18 @@ and an empty output folder. Reading an adapter must give finite tensors or one U
 from __future__ import annotations
 
 import atexit
+import contextlib
+import io
 import json
 import random
 import shutil
+import socket
 import struct
+import tarfile
 import tempfile
+import threading
 import time
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -23,7 +29,7 @@ import numpy as np
 from inference.adapters import read_adapter
 from inference.errors import UserError
 from test.support.image_files import bad_files, good_files, metaimage, stack, with_pillow
-from test.support.stub import LISTING, check_ended, make_input, run_job, stub_manifest
+from test.support.stub import LISTING, captured, check_ended, make_input, run_job, stub_manifest
 
 LARGEST = 60_000  # bytes of a seed
 SLOWEST = 10  # seconds of processor time for one job
@@ -110,6 +116,84 @@ def adapter_file(content: bytes, name: str) -> None:
         assert all(tensor.isfinite().all() for pair in read.lora.values() for tensor in pair)
     finally:
         file.write_bytes(right)
+
+
+def user_error(read: Callable[[], object]) -> None:
+    """What `read` does ends well, or in one line for the user."""
+    try:
+        read()
+    except UserError as error:
+        assert "\n" not in str(error) and "expect" in str(error), error
+
+
+def crop_table(content: bytes) -> None:
+    """A CSV file with paths of crops."""
+    from inference.imageio.listing import list_crops
+
+    file = workplace() / "crops.csv"
+    file.write_bytes(content)
+
+    def read() -> None:
+        for item in list_crops([file]):
+            assert item.label in (0, 1, None) and (item.page is None or item.page >= 0)
+
+    user_error(read)
+
+
+def detections(content: bytes) -> None:
+    """A detector's CSV file: whatever it says, no crop's path leads out of the output folder."""
+    from inference.slides.detections import read_detections
+
+    file = workplace() / "detections.csv"
+    file.write_bytes(content)
+
+    def read() -> None:
+        for detection in read_detections(file)[0]:
+            path = Path(detection.path)
+            assert not path.is_absolute() and ".." not in path.parts and path.suffix == ".png"
+            assert abs(detection.x) <= 1e9 and abs(detection.y) <= 1e9
+
+    user_error(read)
+
+
+def shard(content: bytes) -> None:
+    """A tar of crops: its records are read, or it is refused as shards are."""
+    from inference.cluster.records import read_tar
+    from inference.cluster.shards import UNREADABLE, Shard
+
+    file = workplace() / "shard.tar"
+    file.write_bytes(content)
+    with contextlib.suppress(*UNREADABLE):
+        for records, metadata in read_tar(Shard("shard", "tar", str(workplace()), str(file), "shard.tar")):
+            assert len(records) == len(metadata)
+            for record in records:
+                user_error(record.read)
+
+
+@cache
+def small_tar() -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for name, content in (("a.png", good_files()["rgb.png"][0]), ("a.json", b"{}"), ("b.tiff", small_stack())):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def request(content: bytes) -> None:
+    """The bytes of an HTTP request to the server, whose tasks do nothing: an answer or none, and no traceback."""
+    from inference.serve import Handler
+
+    server = types.SimpleNamespace(turn=threading.Lock(), stopping=True)
+    ours, theirs = socket.socketpair()
+    with ours, theirs, captured(2, "stderr") as err:
+        theirs.sendall(content[:LARGEST])
+        theirs.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):
+            Handler(ours, ("127.0.0.1", 1), server)  # type: ignore[arg-type]
+        ours.shutdown(socket.SHUT_WR)
+    assert err.getvalue() == "", err.getvalue()
 
 
 def mutate_tiff(data: bytes, largest: int, seed: int) -> bytes:
@@ -200,5 +284,24 @@ TARGETS = {
             "__metadata__",
             "lora_A.weight",
         ),
+    ),
+    "tables": Target(
+        crop_table,
+        lambda: {"right": b"path,page,label,domain\na.png,0,AMF,x\nb.tiff,,normal,\n"},
+        ("path", "page", "label", '\\"', ",", "\\x0d", "\\xc2\\xb2"),
+    ),
+    "detections": Target(
+        detections,
+        lambda: {"right": b"slide,x,y,score\na.svs,1.5,2,0.9\n../b.svs,-3,4e3,\n"},
+        ("slide", "..", "/", "nan", "1e999", '\\"', ","),
+    ),
+    "shards": Target(shard, lambda: {"right": small_tar()}, ("ustar", "a.key", "._a.png", "\\x00")),
+    "requests": Target(
+        request,
+        lambda: {
+            "right": b"POST /invoke HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}",
+            "get": b"GET /health HTTP/1.0\r\n\r\n",
+        },
+        ("POST", "GET", "/invoke", "/health", "Content-Length: ", "HTTP/1.1", "\\x0d\\x0a", "99999999999999999999"),
     ),
 }

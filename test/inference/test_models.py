@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import random
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.shared_pass import operations
 from inference.adapters import Weights
 from inference.backbones import BACKBONES, Backbone, build
 from inference.ensemble import Ensemble
 from inference.models import logits
 from inference.preprocess import to_batch
-from test.support.miniature import make_ensemble, overrides
+from test.support.miniature import make_ensemble, overrides, random_base
 
 # parameter counts without a head, as published (model cards; timm for the rest)
 PUBLISHED = {
@@ -80,6 +87,63 @@ def test_any_other_backbone_runs_through_timm(tmp_path, monkeypatch):
     with torch.inference_mode():
         expected = torch.stack([model(to_batch(crops, ensemble.members[0].preprocess))[:, 0] for model in models])
     assert np.allclose(ensemble.predict(crops).logits[0][:, 0], expected, atol=1e-5)
+
+
+def random_adapter(folder: Path, base: Path, layers: list[str], width: int, seed: int) -> Path:
+    """A plain LoRA adapter of rank 2 on exactly these layers, with a head for `width` features."""
+    draw = torch.Generator().manual_seed(seed)
+    folder.mkdir()
+    state = {"head.weight": torch.randn(1, width, generator=draw), "head.bias": torch.randn(1, generator=draw)}
+    with safe_open(base, "pt") as stored:
+        for layer in layers:
+            out, *rest = stored.get_slice(f"{layer}.weight").get_shape()
+            state[f"{layer}.lora_A.weight"] = torch.randn(2, *rest, generator=draw) * 0.05
+            state[f"{layer}.lora_B.weight"] = torch.randn(out, 2, *[1] * (len(rest) - 1), generator=draw) * 0.5
+    save_file(
+        {f"base_model.model.{name}": value for name, value in state.items()}, folder / "adapter_model.safetensors"
+    )
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": layers, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("backbone", ["virchow2", "uni", "dinov3-vith16plus", "efficientnet-lite0"])
+def test_what_no_fold_changes_is_computed_once_whatever_is_adapted(backbone, tmp_path):
+    """Random layers, others for each fold: P(atypical) as from each fold alone, and no more work than for two."""
+    row, draw = BACKBONES[backbone], random.Random(backbone)
+    base = random_base(backbone, tmp_path / "base.safetensors")
+    with safe_open(base, "pt") as stored:
+        shapes = {name.removesuffix(".weight"): stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
+    layers = sorted(name for name, shape in shapes.items() if len(shape) in (2, 4) and f"{name}.weight" not in shapes)
+    layers = [name for name in layers if any(part in name for part in ("attn", "mlp", "conv", "patch_embed"))]
+    width = 1280 if not row.heads else 16 * row.heads
+    side = 64 if not row.heads else 4 * (14 if "14" in row.timm else 16)
+    x = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    pool = "avg" if not row.heads else "token"
+    for trial in range(3):
+        chosen = [draw.sample(layers, draw.choice((1, 2, len(layers) // 2))) for _ in range(2)]
+        folds = [
+            random_adapter(tmp_path / f"{trial}-{n}", base, names, width, 10 * trial + n)
+            for n, names in enumerate(chosen)
+        ]
+        open_weights = lambda some: Weights(base, some, torch.device("cpu"), torch.float32)  # noqa: E731
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            fused = logits(x, open_weights(folds), row, pool)
+        together = counter.get_total_flops()
+        for n, fold in enumerate(folds):
+            with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+                alone = logits(x, open_weights([fold]), row, pool)[0]
+            assert (fused[n].sigmoid() - alone.sigmoid()).abs().max() <= 1e-6
+        assert together <= 2 * counter.get_total_flops()
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_blocks_below_the_first_adapted_one_cost_as_much_as_for_one_fold(first):
+    """Of three blocks: a pass takes the operations of the shared part and three times those of the rest."""
+    one, three, alone = (operations("uni", first, folds, depth=3) for folds in (1, 3, 1))
+    assert one == alone
+    block = operations("uni", 0, 1, depth=3) - operations("uni", 0, 1, depth=2)
+    assert three - one == pytest.approx(2 * (3 - first) * block, rel=0.05)
 
 
 def test_miniatures_are_small():
