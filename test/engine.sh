@@ -60,6 +60,7 @@ start_engine() {
 
 mirror() { # the Debian mirror that apt is configured with
     local found
+    # shellcheck disable=SC2016  # apt's variables, not the shell's
     found=$(apt-get indextargets --format '$(CREATED_BY) $(ORIGIN) $(SITE) $(RELEASE) $(REPO_URI)' 2>/dev/null |
         awk '$1 == "Packages" && $2 == "Debian" && $0 ~ /bookworm/ && $0 !~ /security/ {print $NF; exit}')
     echo "${found:-http://deb.debian.org/debian}"

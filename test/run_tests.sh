@@ -25,6 +25,7 @@ status=0
 ruff check "${folders[@]}" || status=1
 ruff format --check "${folders[@]}" || status=1
 mypy "${folders[@]/test/test/harness}" || status=1 # the harness is a program; tests themselves need no types
+shellcheck ./*.sh .ci/run test/*.sh requirements/*.sh || status=1
 python -m pytest "$@" || status=$?
-[ "$status" = 0 ] || echo "run_tests.sh: failed; see ruff, mypy or pytest above" >&2
+[ "$status" = 0 ] || echo "run_tests.sh: failed; see ruff, mypy, shellcheck or pytest above" >&2
 exit "$status"

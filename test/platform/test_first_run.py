@@ -27,14 +27,9 @@ mkdir -p "$folder/bin"
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """The tracked files, as they are now, and the bases; no .venv."""
-    names = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True).split("\0")
+    """This tree as it is now, without anything that was installed or written, but with the bases."""
     target = tmp_path / "clone"
-    for name in filter(None, names):
-        if (ROOT / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, target / name)
-    shutil.copytree(ROOT / "weights/bases", target / "weights/bases")
+    shutil.copytree(ROOT, target, ignore=shutil.ignore_patterns(".*", "__pycache__", "runs", "export", "output"))
     return target
 
 
