@@ -185,7 +185,7 @@ def request(content: bytes) -> None:
     """The bytes of an HTTP request to the server, whose tasks do nothing: an answer or none, and no traceback."""
     from inference.serve import Handler
 
-    server = types.SimpleNamespace(turn=threading.Lock(), stopping=True)
+    server = types.SimpleNamespace(turn=threading.Lock(), stopping=True, scorer=None, invoke=None)
     ours, theirs = socket.socketpair()
     with ours, theirs, captured(2, "stderr") as err:
         theirs.sendall(content[:LARGEST])
