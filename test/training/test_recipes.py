@@ -115,7 +115,7 @@ def test_every_recipe_runs_from_crops_to_answers(name, tmp_path, monkeypatch):
     recipe = settle_precision(recipe, tmp_path)
     accelerator = make_accelerator(recipe)
     run, ensemble = tmp_path / "run", tmp_path / "ensemble"
-    fit(Run(recipe, run, crops, images, base, accelerator, miniature.overrides(recipe.backbone)))
+    fit(Run(recipe, run, crops, images, base, accelerator, overrides=miniature.overrides(recipe.backbone)))
     assert main(["export", str(run), "--output", str(ensemble), "--base", str(base), "--include-base"]) == 0
     found = Ensemble.load(ensemble, "cpu", "fp32").predict(images)
     assert found.fold_p.shape == (2, 12)
