@@ -8,7 +8,8 @@ ARG API_METHOD=exec
 # ---- dependencies ---------------------------------------------------------------------------------------------------
 FROM ${BASE_IMAGE} AS dependencies
 # The same files give the same layers, byte for byte: what a layer adds gets this time, bytecode is valid by its source's hash,
-# and nothing is copied into a folder that the copy would have to make. The time never changes with a commit, because the
+# nothing is copied into a folder that the copy would have to make, and no file of an earlier layer is removed, because the mark
+# of that has a time of its own (so the lock stays, as /requirements.txt). The time never changes with a commit, because the
 # dependencies' layer, which is nearly all of the upload, would then change with it.
 ARG SOURCE_DATE_EPOCH=1735689600
 COPY requirements.txt /requirements.txt
@@ -31,7 +32,7 @@ RUN export PYTHONDONTWRITEBYTECODE=1 PYTHONHASHSEED=0 && touch /dev/shm/start &&
     && /opt/venv/bin/python -c "import ctypes, torch, torchvision, timm, safetensors.torch; \
 ctypes.CDLL(torch.__path__[0] + '/lib/libtorch_cuda_linalg.so'); \
 x = torch.randn(2, 3, 32, 32); torch.nn.Conv2d(3, 8, 3)(x); torch.linalg.inv(x[0, 0] @ x[0, 0].T); print('torch', torch.__version__)" \
-    && rm -rf /tmp/* /root/.cache /root/.config /var/log/faillog /var/log/lastlog /requirements.txt \
+    && rm -rf /tmp/* /root/.cache /root/.config \
     && find / -xdev -newer /dev/shm/start -exec touch --no-dereference -d "@$SOURCE_DATE_EPOCH" {} +
 
 # ---- base weights ---------------------------------------------------------------------------------------------------

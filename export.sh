@@ -73,7 +73,10 @@ export_image() {
     mv "$target.partial" "$target"
     echo "Image:"
     describe "$target"
-    written+=("$name.tar.gz")
+    "$python" -m training.bom "$image" --docker "$docker" >"$output/$name.cdx.json.partial" || exit 1
+    mv "$output/$name.cdx.json.partial" "$output/$name.cdx.json"
+    echo "Bill of materials: $output/$name.cdx.json"
+    written+=("$name.tar.gz" "$name.cdx.json")
 }
 
 export_model() {

@@ -18,6 +18,7 @@ from inference.errors import UserError
 from inference.manifest import load_manifest
 from test.platform.test_preflight import CONFIG as IMAGE_CONFIG
 from test.platform.test_preflight import FILES, saved, tar_of
+from training.bom import PRUNED, locked
 from training.compress import BLOCK, compress
 from training.tarball import main, write_model_tarball
 
@@ -67,6 +68,9 @@ def docker(tmp_path: Path, miniature: Path) -> Path:
     Its image holds the miniature ensemble.
     """
     (tmp_path / "saved.tar").write_bytes(tar_of(saved([tar_of(FILES, {"bin": "usr/bin"})], IMAGE_CONFIG)))
+    packages = [[name, version, "MIT"] for name, (version, _) in locked().items() if name not in PRUNED]
+    inventory = {"python": packages, "debian": [], "weights": [], "ensemble": "miniature"}
+    (tmp_path / "inventory.json").write_text(json.dumps(inventory))
     client = tmp_path / "docker"
     client.write_text(
         f"""#!/bin/sh
@@ -79,6 +83,7 @@ case "$*" in
     run*sha256sum*) sha256sum {miniature}/ensemble.json ;;
     "build --platform"*) cat >{tmp_path}/context.tar ;;
     save*) cat {tmp_path}/saved.tar ;;
+    "run --rm --network none --entrypoint python "*) cat {tmp_path}/inventory.json ;;
 esac
 """
     )
@@ -126,7 +131,7 @@ def test_altered_ensemble_is_not_packed(ensemble: Path, tmp_path: Path, capsys: 
 def test_export_writes_the_image_and_the_ensemble_that_it_holds(docker: Path, tmp_path: Path) -> None:
     done = run("export.sh", "--image", "registry:5000/me/mine:2", "--output", str(tmp_path / "out"), DOCKER=str(docker))
     assert done.returncode == 0, done.stdout + done.stderr
-    written = ["SHA256SUMS", "mine.tar.gz", "miniature-model.tar.gz"]
+    written = ["SHA256SUMS", "mine.cdx.json", "mine.tar.gz", "miniature-model.tar.gz"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == written
     unpacked = subprocess.check_output(["gzip", "-dc", tmp_path / "out" / "mine.tar.gz"])
     assert unpacked == (tmp_path / "saved.tar").read_bytes()
@@ -135,7 +140,7 @@ def test_export_writes_the_image_and_the_ensemble_that_it_holds(docker: Path, tm
     assert "Upload, at grand-challenge.org" in done.stdout
     assert "save registry:5000/me/mine:2" in (tmp_path / "calls").read_text().splitlines()  # one tag, by name
     subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=tmp_path / "out", check=True)
-    assert len((tmp_path / "out/SHA256SUMS").read_text().splitlines()) == 2
+    assert len((tmp_path / "out/SHA256SUMS").read_text().splitlines()) == 3
 
 
 def test_export_refuses_an_image_and_a_model_that_disagree(

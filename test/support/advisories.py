@@ -1,0 +1,63 @@
+"""Asks pip-audit for published advisories on every locked package: `python -m test.support.advisories`.
+
+pip-audit ends well where a service does not know a package, which behind a mirror of PyPI is every one of them. So its
+answer is read: what was not looked up is said, by number and name, and counts as not checked.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+from test.support.licences import LOCKS, ROOT
+
+SERVICES = ("pypi", "osv")
+SECONDS = 120
+
+
+def ask(service: str, lock: str) -> list[dict[str, Any]]:
+    """pip-audit's entries for the packages of `lock`, or none where the service does not answer."""
+    command = [sys.executable, "-m", "pip_audit", "--disable-pip", "--require-hashes", "-r", str(ROOT / lock)]
+    command += ["--vulnerability-service", service, "--format", "json", "--progress-spinner", "off", "--timeout", "10"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+        return list(json.loads(done.stdout)["dependencies"])
+    except (subprocess.TimeoutExpired, ValueError, KeyError):
+        return []
+
+
+def judge(entries: list[dict[str, Any]]) -> tuple[int, list[str]]:
+    """How many packages were looked up, and one line for each advisory."""
+    known = [entry for entry in entries if "vulns" in entry]
+    lines = [
+        f"{entry['name']} {entry['version']}: {found['id']}, "
+        f"fixed in {', '.join(found['fix_versions']) or 'no version'}"
+        for entry in known
+        for found in entry["vulns"]
+    ]
+    return len(known), lines
+
+
+def main() -> int:
+    """1 where there is an advisory. Where nothing was looked up it says so, and returns 0."""
+    code = 0
+    for lock in LOCKS:
+        answers = [entries for service in SERVICES if judge(entries := ask(service, lock))[0]]
+        if not answers:
+            print(f"advisories, {lock}: not checked: no service reachable")
+            continue
+        known, lines = judge(answers[0])
+        print(f"advisories, {lock}: {len(lines)} on {known} of {len(answers[0])} packages")
+        for line in lines:
+            print(f"  {line}")
+        for entry in answers[0]:
+            if "vulns" not in entry:
+                print(f"  not checked: {entry['name']}")
+        code = code or int(bool(lines))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
