@@ -205,5 +205,11 @@ def report(running: Run, found: Collected, seconds: float) -> None:
     scored = sum(one.figures for one in running.summaries)
     known = f", {scored - running.new:,} of them known already" if scored > running.new else ""
     print(f"{scored:,} of {found.total:,} detections on {len(running.summaries):,} slides{known}, {seconds:.1f} s")
+    coarse = [one.file.name for one in running.results if min(one.slide.level.scale) < 1]
+    if coarse:
+        print(
+            f"note: slides with less detail than {running.options.mpp:g} µm/px: {len(coarse):,}, such as {coarse[0]}; "
+            "their crops are enlarged, and blurred"
+        )
     if running.failed:
         print(f"{len(running.failed):,} of {found.total:,} detections could not be scored", file=sys.stderr)

@@ -283,6 +283,12 @@ def test_hovernets_magnification_is_the_slides(slide, miniature, tmp_path, monke
     assert corners.min(0).tolist() == [680, 281]  # level-0 pixels, as QuPath draws
 
 
+def test_a_coarser_slide_is_said_to_be(drawn, miniature, tmp_path, capsys) -> None:
+    write_slide(tmp_path / "s.tif", [drawn], 0.5)
+    assert run(miniature, files.qupath(tmp_path / "s.geojson", PLACES), "--csv", tmp_path / "out.csv") == 0
+    assert "slides with less detail than 0.25 µm/px: 1, such as s.tif" in capsys.readouterr().out
+
+
 def test_a_region_gives_the_density_and_the_page_shows_the_slide(slide, miniature, tmp_path) -> None:
     region = files.features([(0.0, 0.0)], "Tumor")[0] | {"id": "region", "geometry": files.square(800, 500, 400)}
     detections = files.write_json(tmp_path / "a.geojson", [*files.features(PLACES), region])
