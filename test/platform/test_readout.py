@@ -25,8 +25,8 @@ def test_a_good_program_passes_silently(tmp_path: Path) -> None:
         (WRITE.replace("k / 10", "k"), "confidence is 0; it needs to be of type float"),
         (WRITE.replace("k / 10", "True"), "confidence is true; it needs"),
         (WRITE.replace("k / 10", "str(k)"), 'confidence is "0"; it needs'),
-        (WRITE.replace("k / 10", "float('nan')"), "NaN in the answers becomes null"),
-        (WRITE.replace("k / 10", "float('inf')"), "Infinity in the answers becomes null"),
+        (WRITE.replace("k / 10", "float('nan')"), "confidence is null; it needs"),
+        (WRITE.replace("k / 10", "float('inf')"), "confidence is null; it needs"),
         (WRITE.replace("k / 10", "k - 0.5"), "outside [0, 1]"),
         (WRITE.replace('"normal"', '"Normal"'), "class is 'Normal'"),
         (WRITE.replace('"class"', '"label"'), 'lacks "class" or "confidence"'),
@@ -38,6 +38,7 @@ def test_a_good_program_passes_silently(tmp_path: Path) -> None:
         (WRITE.replace("'w'", "'w', encoding='utf-16'"), "is not UTF-8"),
         (GOOD + "open(path, 'w').write(str(answers))", "is not valid json"),
         (GOOD + "open(path, 'w')", "is not valid json"),
+        (GOOD + "open(path, 'w').write('[' * 100000 + ']' * 100000)", "is not valid json"),
         (GOOD, "was not produced; /output holds nothing"),
         (WRITE.replace("path, 'w'", "target + '/answers.json', 'w'"), "/output holds answers.json"),
         (WRITE + "os.symlink('/nowhere', target + '/link')", "link is a dangling link"),
@@ -65,6 +66,7 @@ def test_broken_programs_fail(tmp_path: Path, program: str, message: str) -> Non
         (WRITE + "print('x\\n' * 600)", "only the last 500 are kept"),
         (WRITE + "open(target + '/debug.png', 'w')", "/output also holds debug.png"),
         (WRITE.replace("k / 10", "0.5"), "all confidences are equal"),
+        (WRITE.replace("k / 10", "k / 10, 'extra': float('nan')"), "NaN in the answers becomes null"),
         (
             WRITE.replace(
                 '"normal", "confidence": k / 10', '"normal" if k else "atypical", "confidence": 0.7 + k / 10'
