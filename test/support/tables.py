@@ -50,7 +50,7 @@ def fake_run(folder: Path, crops: int = 240, seed: int = 0, strength: float = 1.
         "path,label,group,domain,fold",
         [[f"/somewhere/{n}.png", labels[n], f"s{groups[n]}", f"domain {domains[n]}", folds[n]] for n in range(crops)],
     )
-    (folder / "recipe.json").write_text(json.dumps(dataclasses.asdict(load_recipe("default"))))
+    (folder / "recipe.json").write_text(json.dumps(dataclasses.asdict(load_recipe("lite0"))))
     signal = strength * (2 * labels - 1) + g.normal(size=crops)
     logits = signal + g.normal(scale=0.7, size=(8, crops))
     for fold in range(3):

@@ -40,7 +40,7 @@ PLAIN = ["augment.dihedral=false", *(f"augment.{f.name}=0" for f in fields(Augme
 
 def recipe(*changes: str) -> Recipe:
     defaults = ["size=32", "crop=0", "targets=late", "rank=2", "epochs=3", "batch=4", "folds=2", "precision=fp32"]
-    return load_recipe("default", [*defaults, *changes])
+    return load_recipe("lite0", [*defaults, *changes])
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +294,7 @@ def test_real_crops_train(data, tmp_path):
     crops = load_data([REAL], lambda line: None)[::48]
     assert read_stack(crops[0].path)[0].shape == (128, 128, 3)
     AcceleratorState._reset_state()
-    settings = load_recipe("default", ["size=48", "epochs=1", "batch=16", "precision=bf16"])
+    settings = load_recipe("lite0", ["size=48", "epochs=1", "batch=16", "precision=bf16"])
     fit(Run(settings, tmp_path, crops, load_crops(crops), data.base, make_accelerator(settings)), [1])
     stored = np.load(tmp_path / "fold1" / "oof.npz")
     assert stored["logits"].shape == (8, len(stored["index"]))

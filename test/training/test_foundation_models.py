@@ -38,7 +38,6 @@ def test_a_road_from_the_published_file_to_verified_weights(name, tmp_path, monk
 
     data = tiny_table(tmp_path, 12, 4)
     changes = ["epochs=1", "batch=4", "folds=2", f"size={2 * patch}", "crop=24"]
-    changes += ["backbone=dinov2-vits14", "targets=all"] if recipe == "default" else []
     AcceleratorState._reset_state()
     arguments = ["fit", "--recipe", recipe, "--data", str(data), "--run", str(run), "--base", str(base)]
     assert main([*arguments, *(f"--set={change}" for change in changes)]) == 0

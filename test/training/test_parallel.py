@@ -197,14 +197,14 @@ def unused_port() -> str:
 def test_jobs_of_one_run_may_prepare_it_at_once(fit, tmp_path):
     """One job a fold: whoever comes first writes, the others read the same; nothing is written twice."""
     crops = load_data([Path(fit[2])], lambda line: None)
-    recipe = load_recipe("default", SETTINGS)
+    recipe = load_recipe("lite0", SETTINGS)
     fold = write_run(tmp_path, recipe, crops)
     before = {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
     assert set(before) == {"recipe.json", "data.json", "split.csv"}
     assert (write_run(tmp_path, recipe, crops) == fold).all()
     assert {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == before
     with pytest.raises(UserError, match=r"recipe\.json differs from this call in rank"):
-        write_run(tmp_path, load_recipe("default", [*SETTINGS, "rank=4"]), crops)
+        write_run(tmp_path, load_recipe("lite0", [*SETTINGS, "rank=4"]), crops)
     assert {file.name for file in tmp_path.iterdir()} == set(before)
 
 

@@ -86,7 +86,7 @@ def test_a_chart_puts_points_where_they_belong():
 
 
 def test_a_variant_keeps_the_size_of_a_step_and_takes_what_the_backbone_needs():
-    shared = load_recipe("default", ["rank=8", "alpha=16"])
+    shared = load_recipe("lite0", ["rank=8", "alpha=16"])
     same = variant(shared, "efficientnet-lite0", "random", 16)
     assert (same.rank, same.alpha, same.size, same.targets, same.split) == (
         16,
