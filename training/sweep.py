@@ -125,7 +125,7 @@ def training_seconds(run: Path) -> float:
 
 
 def write_tables(folder: Path, rows: Sequence[dict[str, Any]], recipe: str) -> None:
-    """sweep.csv with every column, and sweep.md for people, best first."""
+    """sweep.csv with every column, and sweep.md to read, best first."""
     with (folder / "sweep.csv").open("w", newline="") as out:
         writer = csv.DictWriter(out, COLUMNS)
         writer.writeheader()
