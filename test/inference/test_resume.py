@@ -1,0 +1,191 @@
+"""Resume equals fresh: after any history `score` leaves what one run over the files as they are would, or says why not."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+from PIL import Image
+
+import inference.ensemble as module
+from inference.errors import UserError
+from inference.exits import INCOMPLETE
+from test.support import commands
+from test.support.stub import StubEnsemble, stub_manifest
+
+NAMES = ("a.png", "b.png", "sub/c.png", "sub/s.tiff", "t.tiff", "=d.png", "e\rf.png", 'g "h".png', "sub/n\nl, m.png")
+TABLE = "table.csv"
+INPUTS = (".", "sub", TABLE, *NAMES)
+REFUSALS = (
+    "holds answers of ensemble",
+    "was computed on",
+    "does not ask for",
+    "does not exist",
+    "no crops in",
+    "none of",
+)
+NAME, INPUT = st.sampled_from(NAMES), st.lists(st.sampled_from(INPUTS), min_size=1, max_size=3)
+
+
+class Killed(BaseException):
+    """Ends a run as a kill would: nothing catches it."""
+
+
+class Stub(StubEnsemble):
+    """Another answer in another precision and by another ensemble; it is killed when `left` batches are predicted."""
+
+    left = -1
+
+    def __init__(self, manifest: Any, device: str, precision: str, **more: Any) -> None:
+        super().__init__(manifest, device, precision, **more)
+        self.shift = 0.1 * (precision == "bf16") + 0.2 * manifest.threshold
+
+    def predict(self, crops: list[np.ndarray]) -> Any:
+        if Stub.left == 0:
+            raise Killed
+        Stub.left -= 1
+        found = super().predict(crops)
+        for values in (found.p_atypical, found.member_p, found.fold_p):
+            values *= 0.5
+            values += self.shift
+        return found
+
+
+@contextlib.contextmanager
+def stubbed() -> Iterator[None]:
+    with mock.patch.object(module, "Ensemble", Stub):
+        yield
+
+
+def image(level: int, pages: int) -> bytes:
+    """All files of a number of pages have one size: uncompressed, and a page more or less goes by its level."""
+    images = [Image.fromarray(np.full((2, 2, 3), level + 3 * page, np.uint8)) for page in range(pages)]
+    stream = io.BytesIO()
+    images[0].save(stream, "TIFF", save_all=True, append_images=images[1:])
+    return stream.getvalue()
+
+
+def rows(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+class Scoring(RuleBasedStateMachine):
+    @initialize()
+    def start(self) -> None:
+        self.folder = Path(tempfile.mkdtemp())
+        self.closing = contextlib.ExitStack()
+        self.closing.callback(shutil.rmtree, self.folder)
+        self.closing.enter_context(stubbed())
+        for number, threshold in enumerate((0.5, 0.25)):
+            stub_manifest(self.folder / f"weights{number}", threshold=threshold, precision={"fp32": 0.0, "bf16": 0.1})
+        self.crops, self.out = self.folder / "crops", self.folder / "out.csv"
+        (self.crops / "sub").mkdir(parents=True)
+        self.closing.enter_context(contextlib.chdir(self.crops))
+        self.write("a.png", 9, 1)
+        self.write("sub/s.tiff", 70, 20)
+
+    def teardown(self) -> None:
+        self.closing.close()
+
+    @rule(name=NAME, level=st.integers(0, 150), pages=st.sampled_from((1, 2, 20)))
+    def write(self, name: str, level: int, pages: int) -> None:
+        """A new file, or another one of the same time and, often, the same size."""
+        self.put(name, image(level, pages if name.endswith("tiff") else 1))
+
+    @rule(name=NAME)
+    def damage(self, name: str) -> None:
+        self.put(name, b"no image")
+
+    def put(self, name: str, content: bytes) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)  # else a link's target would be written
+        Path(name).write_bytes(content)
+        os.utime(name, ns=(0, 0))
+
+    @rule(name=NAME, other=NAME, link=st.booleans())
+    def rename(self, name: str, other: str, link: bool) -> None:
+        if os.path.isfile(name) and name != other:
+            if link:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(other)
+                os.symlink(os.path.abspath(name), other)
+            else:
+                os.rename(name, other)
+
+    @rule(name=NAME)
+    def delete(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+    @rule(
+        entries=st.lists(
+            st.tuples(NAME, st.sampled_from(("", "0", "1", "7")), st.sampled_from(("", "AMF", "NMF"))), max_size=4
+        )
+    )
+    def write_table(self, entries: list[tuple[str, str, str]]) -> None:
+        with open(TABLE, "w", newline="") as stream:
+            csv.writer(stream).writerows([("path", "page", "label"), *entries])
+
+    @rule(share=st.floats(0, 1))
+    def cut(self, share: float) -> None:
+        """What a kill at any byte leaves."""
+        if self.out.exists():
+            os.truncate(self.out, int(share * self.out.stat().st_size))
+
+    @rule()
+    def start_over(self) -> None:
+        self.out.unlink(missing_ok=True)
+
+    @rule(inputs=INPUT, weights=st.sampled_from((0, 0, 0, 1)), precision=st.sampled_from(("fp32", "fp32", "bf16")),
+          batches=st.integers(0, 2))  # fmt: skip
+    def killed(self, inputs: list[str], weights: int, precision: str, batches: int) -> None:
+        with mock.patch.object(Stub, "left", batches), contextlib.suppress(Killed, UserError):
+            self.run_into(self.out, inputs, weights, precision, [])
+
+    @rule(inputs=INPUT, weights=st.sampled_from((0, 0, 0, 1)), precision=st.sampled_from(("fp32", "fp32", "bf16")),
+          report=st.booleans())  # fmt: skip
+    def score(self, inputs: list[str], weights: int, precision: str, report: bool) -> None:
+        fresh, page = self.folder / "fresh.csv", self.folder / "report.html"
+        fresh.unlink(missing_ok=True)
+        wanted, _ = self.run_into(fresh, inputs, weights, precision, [])
+        found, said = self.run_into(self.out, inputs, weights, precision, ["--report", page] if report else [])
+        if found is None:
+            assert any(words in said for words in REFUSALS), said
+            if "does not ask for" in said and wanted is not None:
+                keys = {f"page {row['page']} of {row['path']}; " for row in rows(fresh)}
+                assert not any(f"such as {key}" in said for key in keys), said
+        else:
+            assert found == wanted
+            assert self.out.read_bytes() == fresh.read_bytes()
+            keys = [(os.path.realpath(row["path"]), row["page"]) for row in rows(fresh)]
+            assert len(set(keys)) == len(keys)
+
+    def run_into(
+        self, file: Path, inputs: list[str], weights: int, precision: str, more: list[object]
+    ) -> tuple[int | None, str]:
+        """Exit code, or None and why the command refused."""
+        where = ["--weights", self.folder / f"weights{weights}", "--device", "cpu", "--precision", precision]
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            try:
+                code = commands.inference("score", *inputs, "--csv", file, *where, *more)
+            except UserError as error:
+                return None, str(error)
+        assert code in (0, INCOMPLETE)
+        return code, ""
+
+
+TestScoring = Scoring.TestCase
+TestScoring.settings = settings(max_examples=100, stateful_step_count=25, deadline=None)
