@@ -82,8 +82,8 @@ def walk(folder: Path) -> Iterator[Path]:
         yield from (Path(root, name) for name in sorted(files) if name.lower().endswith(SUFFIXES) and name[0] != ".")
 
 
-def read_table(table: Path, labels: str | None, domains: str | None) -> list[Item]:
-    """The rows of a CSV file, in their order."""
+def read_rows(table: Path) -> tuple[list[Item], list[dict[str, str]]]:
+    """The rows of a CSV file in their order: a file or a page of it, and all columns as text."""
     try:
         with table.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream)
@@ -93,26 +93,36 @@ def read_table(table: Path, labels: str | None, domains: str | None) -> list[Ite
     of_path = next((name for name in PATH_COLUMNS if name in columns), None)
     if of_path is None:
         raise UserError(f"{table} has the columns {columns}; expected one of {', '.join(PATH_COLUMNS)}; rename it")
-    for name in (labels, domains):
-        if name is not None and name != FOLDER and name not in columns:
-            raise UserError(f"{table} has no column {name!r} but {columns}; expected one of these; name another")
-    of_label = labels or ("label" if "label" in columns else None)
-    of_domain = domains or ("domain" if "domain" in columns else None)
     items = []
     for number, row in enumerate(rows, 2):
         if None in row or None in row.values():
             raise UserError(f"{table}, row {number} has not {len(columns)} fields; expected as many as its header")
-        path, page = str(table.parent / row[of_path]), row.get("page", "").strip()
+        page = row.get("page", "").strip()
         if page and not (page.isascii() and page.isdigit()):
             raise UserError(
                 f"{table}, row {number}: page is {page!r}; expected a number from 0 on or nothing; correct it"
             )
-        label = folder_label(path, labels)
+        items.append(Item(str(table.parent / row[of_path]), int(page) if page else None))
+    return items, rows
+
+
+def read_table(table: Path, labels: str | None, domains: str | None) -> list[Item]:
+    """`read_rows` with labels and domains."""
+    items, rows = read_rows(table)
+    columns = list(rows[0]) if rows else []
+    for name in (labels, domains):
+        if rows and name is not None and name != FOLDER and name not in columns:
+            raise UserError(f"{table} has no column {name!r} but {columns}; expected one of these; name another")
+    of_label = labels or ("label" if "label" in columns else None)
+    of_domain = domains or ("domain" if "domain" in columns else None)
+    found = []
+    for number, (item, row) in enumerate(zip(items, rows, strict=True), 2):
+        label = folder_label(item.path, labels)
         if of_label and of_label != FOLDER:
             label = label_or_none(row[of_label], f"{table}, row {number}, column {of_label}")
-        domain = folder_name(path, domains) or (row[of_domain] if of_domain and of_domain != FOLDER else "")
-        items.append(Item(path, int(page) if page else None, label, domain))
-    return items
+        domain = folder_name(item.path, domains) or (row[of_domain] if of_domain and of_domain != FOLDER else "")
+        found.append(replace(item, label=label, domain=domain))
+    return found
 
 
 def label_or_none(text: str, where: str) -> int | None:
