@@ -31,7 +31,7 @@ MAX_TEXT = 1 << 16  # bytes of a tar's member that may be metadata
 
 @contextlib.contextmanager
 def ours() -> Iterator[None]:
-    """What is wrong with one file is a UserError; what is wrong with its store, disk or network goes on as it is."""
+    """What is wrong with one file is a UserError; what is wrong with its store, disk or network passes through."""
     try:
         yield
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
