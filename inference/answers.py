@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from .errors import UserError
+from .imageio.stack import MAX_BYTES, File
 from .manifest import Manifest
+
+CONTENT = re.compile(r"sha256:[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
 class Answer:
     """p_atypical, fold_p (F) and member_p (M) in [0, 1]; label 1 (atypical), 0 (normal) or None (not known).
 
+    pages: how many the file has; content: what `content_of` said of the file when it was read.
     A crop that is still to be predicted has no folds; an ensemble of one member has no member_p.
     """
 
@@ -25,6 +32,8 @@ class Answer:
     member_p: tuple[float, ...] = ()
     label: int | None = None
     domain: str = ""
+    pages: int = 1
+    content: str = ""
 
     @property
     def spread(self) -> float:
@@ -45,9 +54,39 @@ def member_columns(manifest: Manifest) -> list[str]:
 
 
 def columns(manifest: Manifest) -> list[str]:
-    """All columns of an answer, in their order."""
+    """All columns of an answer, in their order; the last four tell which file was read, and what computed it."""
     folds, members = fold_columns(manifest), member_columns(manifest)
-    return ["path", "page", "p_atypical", "class", *folds, *members, "spread", "ensemble"]
+    origin = ["content", "device", "precision", "ensemble"]
+    return ["path", "page", "pages", "p_atypical", "class", *folds, *members, "spread", *origin]
+
+
+def content_of(file: File) -> str:
+    """What tells a file from another that takes its place: the start of its SHA-256; "" for what `read_stack` refuses.
+
+    Taken before the file is decoded: should it change in between, its answer does not count as known afterwards.
+    """
+    try:
+        status = file.stat()
+        if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_BYTES:
+            with file.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256")  # type: ignore[arg-type]  # typeshed: no BinaryIO
+                return f"sha256:{digest.hexdigest()[:16]}"
+    except OSError:
+        pass
+    return ""
+
+
+def computing(manifest: Manifest, device: str, precision: str) -> tuple[str, str]:
+    """Device (cpu or cuda) and precision in which `manifest` is computed here. UserError where it cannot be.
+
+    Only `auto` needs PyTorch; two members may choose two precisions, such as `bf16+fp32`.
+    """
+    if "auto" not in (device, precision):
+        return device, precision
+    from .ensemble import Ensemble
+
+    ensemble = Ensemble(manifest, device, precision)
+    return ensemble.device.type, ensemble.precision
 
 
 def pages_of(crops: Sequence[np.ndarray], page: int | None) -> list[tuple[int, np.ndarray]]:

@@ -18,4 +18,4 @@ def parse_label(text: str, where: str) -> int:
 
 
 def class_of(p_atypical: float, threshold: float) -> str:
-    return CLASSES[p_atypical >= threshold]
+    return CLASSES[int(p_atypical >= threshold)]

@@ -23,10 +23,11 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry; Ray reads
 import ray
 import ray.data
 
+from ..answers import computing
 from ..checksums import ensemble_id
 from ..errors import UserError
 from ..exits import INCOMPLETE, INTERRUPTED
-from ..manifest import load_manifest
+from ..manifest import Manifest, load_manifest
 from ..progress import Progress
 from .results import Results
 from .shards import Shard, one_line, plan, resolve, source_of
@@ -82,6 +83,23 @@ def pool(workers: int | None, device: str) -> tuple[int, dict[str, Any], int]:
     return workers, {"num_cpus": threads}, threads
 
 
+def computing_there(manifest: Manifest, device: str, precision: str, resources: dict[str, Any]) -> tuple[str, str]:
+    """The device and the precision in which a worker computes, which the driver's machine cannot tell."""
+    if "auto" in (device, precision):
+
+        def ask() -> tuple[str, str] | str:
+            try:
+                return computing(manifest, device, precision)
+            except UserError as error:  # which Ray would send with its traceback
+                return str(error)
+
+        found = ray.get(ray.remote(**resources)(ask).remote())
+        if isinstance(found, str):
+            raise UserError(found)
+        return found
+    return computing(manifest, device, precision)
+
+
 def predictions(
     shards: list[Shard], scorer: tuple[Any, ...], workers: int, resources: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
@@ -116,7 +134,9 @@ def run(options: argparse.Namespace) -> int:
                 f"{output} lies in {location}, which is read; expected another place; name another --output"
             )
     results = Results(output)
-    results.claim({"ensemble": ensemble, "shard": options.shard or SHARD})
+    job = {"ensemble": ensemble, "shard": options.shard or SHARD}
+    asked = {name: value for name in ("device", "precision") if (value := getattr(options, name)) != "auto"}
+    results.check(job | asked)
     todo = unfinished(results, shards, failed)
     crops = atypical = 0
     said = start
@@ -126,7 +146,9 @@ def run(options: argparse.Namespace) -> int:
             try:
                 connect(options.ray)
                 workers, resources, threads = pool(options.workers, options.device)
-                scorer = (manifest, ensemble, output, options.device, options.precision, threads)
+                device, precision = computing_there(manifest, options.device, options.precision, resources)
+                results.claim(job | {"device": device, "precision": precision})
+                scorer = (manifest, (device, precision, ensemble), output, options.precision, threads)
                 progress.show(0, 0, 0)
                 for number, row in enumerate(predictions(todo, scorer, workers, resources), 1):
                     crops, atypical = crops + row["crops"], atypical + row["atypical"]
@@ -151,16 +173,20 @@ def run(options: argparse.Namespace) -> int:
 
 
 def unfinished(results: Results, shards: Sequence[Shard], failed: dict[str, tuple[str, str]]) -> list[Shard]:
-    """The shards without answers. UserError where a source has answers from a time when it had another content."""
+    """The shards without answers. UserError where the output holds answers that this run would not give."""
     names = {shard.name for shard in shards} | set(failed)
     sources = {source_of(shard.name): shard.shown for shard in shards}
     done = results.shards()
-    for name in sorted(done - names):
+    for name in sorted(done - names, key=lambda name: source_of(name) not in sources):
         if source_of(name) in sources:
-            shown = sources[source_of(name)]
             raise UserError(
-                f"{shown} has changed since {name} was scored; expected it as it was; name another --output"
+                f"{sources[source_of(name)]} has changed since {name} was scored, or is named beside other inputs; "
+                "expected it as it was; name another --output"
             )
+        raise UserError(
+            f"{results.folder} holds the answers {name}, whose input this command does not name; expected all inputs "
+            "of earlier runs, and any new ones; name them too, or another --output"
+        )
     for name in results.shards("/_errors") - names:
         if source_of(name) in sources:
             results.forget(name)

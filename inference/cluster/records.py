@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
+import io
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from ..answers import pages_of
+from ..answers import content_of, pages_of
 from ..errors import UserError
 from ..imageio.listing import SUFFIXES
 from ..imageio.source import Blob
 from ..imageio.stack import MAX_BYTES, read_stack
+from .results import free_name
 from .shards import Shard, one_line, resolve
 
 CHUNK = 128  # images that are read, decoded and predicted together
@@ -29,7 +32,7 @@ MAX_TEXT = 1 << 16  # bytes of a tar's member that may be metadata
 
 @contextlib.contextmanager
 def ours() -> Iterator[None]:
-    """What is wrong with one file is a UserError; what is wrong with its store, disk or network goes on as it is."""
+    """What is wrong with one file is a UserError; what is wrong with its store, disk or network passes through."""
     try:
         yield
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
@@ -44,8 +47,8 @@ class Record:
     page: int | None
     source: Path | Blob | tuple[fs.FileSystem, str] | str
 
-    def read(self) -> list[tuple[int, np.ndarray]]:
-        """(page, crop uint8 (H, W, 3)) of each page. UserError where it cannot be read, OSError where nothing can."""
+    def read(self) -> Read:
+        """UserError where it cannot be read, OSError where nothing can."""
         source = self.source
         if isinstance(source, str):
             raise UserError(source)
@@ -55,7 +58,17 @@ class Record:
         elif isinstance(source, Path):
             with ours(), source.open("rb") as stream:
                 stream.read(1)
-        return pages_of(read_stack(source), self.page)
+        content = content_of(source)
+        crops = read_stack(source)
+        return Read(content, len(crops), pages_of(crops, self.page))
+
+
+class Read(NamedTuple):
+    """What a file holds: `content_of` it, how many pages, and (page, crop uint8 (H, W, 3)) of those asked for."""
+
+    content: str
+    pages: int
+    crops: list[tuple[int, np.ndarray]]
 
 
 Chunk = tuple[list[Record], pa.Table]  # metadata: a row for each record
@@ -117,16 +130,35 @@ def read_parquet(shard: Shard) -> Iterator[Chunk]:
 
 
 class WholeArchive(tarfile.TarInfo):
-    """Headers of an archive that must end as archives do: tarfile itself takes a cut or damaged one for the end."""
+    """Headers of an archive that must end as archives do: tarfile itself takes a cut or damaged one for the end.
+
+    What follows an end is read on: archives are joined by `cat`.
+    """
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> Any:
+        ended = getattr(archive, "ended", False)
+        archive.ended = False  # type: ignore[attr-defined]
         try:
             return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # a block of zeros: tarfile skips it
+            archive.ended = True  # type: ignore[attr-defined]
             raise
         except tarfile.HeaderError as error:
+            if ended and isinstance(error, tarfile.EmptyHeaderError):  # type: ignore[attr-defined]
+                raise
             raise tarfile.ReadError(f"cut off or damaged at byte {archive.offset:,} ({error})") from None
+
+
+@contextlib.contextmanager
+def open_tar(system: fs.FileSystem, path: str) -> Iterator[tarfile.TarFile]:
+    """The archive as a stream, decompressed where it begins as gzip does: checked, and all joined members of it."""
+    with system.open_input_stream(path, compression=None, buffer_size=BUFFER) as stream:
+        plain = io.BufferedReader(stream, BUFFER)
+        packed = plain.peek(2)[:2] == b"\x1f\x8b"
+        source: Any = io.BufferedReader(gzip.GzipFile(fileobj=plain), BUFFER) if packed else plain
+        with tarfile.open(fileobj=source, mode="r|", tarinfo=WholeArchive, ignore_zeros=True) as archive:
+            yield archive
 
 
 def content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -136,12 +168,19 @@ def content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def samples(archive: tarfile.TarFile, shown: str) -> Iterator[tuple[str, dict[str, Record | str | None]]]:
-    """(key, by extension an image's record, a text, or None for what is neither), as the members come."""
+    """(key, by extension an image's record, a text, or None for what is neither), as the members come.
+
+    Passed over: what macOS keeps beside a file, as `._` and its name. UserError for a name that comes twice.
+    """
     key, found = "", dict[str, "Record | str | None"]()
+    names: set[str] = set()
     for member in archive:
-        if not member.isfile():
-            continue
         folder, slash, name = member.name.rpartition("/")
+        if not member.isfile() or name.startswith("._"):
+            continue
+        if member.name in names:
+            raise UserError(f"it holds {member.name} twice; expected each name once; write it again")
+        names.add(member.name)
         stem, _, extension = name.partition(".")
         if folder + slash + stem != key or extension in found:
             if found:
@@ -162,16 +201,15 @@ def samples(archive: tarfile.TarFile, shown: str) -> Iterator[tuple[str, dict[st
 
 def read_tar(shard: Shard) -> Iterator[Chunk]:
     """WebDataset: neighbours of one name up to its first dot are a sample; its texts are the metadata of its images."""
-    system = resolve(shard.root)[0]
     records: list[Record] = []
     metadata: list[dict[str, str]] = []
     held = 0
-    with (
-        system.open_input_stream(shard.path, compression=None, buffer_size=BUFFER) as stream,
-        tarfile.open(fileobj=stream, mode="r|*", tarinfo=WholeArchive) as archive,
-    ):
+    with open_tar(resolve(shard.root)[0], shard.path) as archive:
         for key, members in samples(archive, shard.shown):
-            fields = {"key": key} | {name: member for name, member in members.items() if isinstance(member, str)}
+            fields = {"key": key}
+            for name, member in members.items():
+                if isinstance(member, str):
+                    fields[free_name(name, fields)] = member
             images = [member for member in members.values() if isinstance(member, Record)]
             if not images:
                 found = ", ".join(members)

@@ -1,8 +1,8 @@
 """The output folder of a cluster's run: one Parquet file of answers per shard, whole or not there at all.
 
 `<shard>.parquet` has the columns of the local command's CSV file, then the input's own; `_errors/<shard>.parquet` has
-path, page and reason of what could not be scored; `_job.json` says which ensemble answered. Readers of a folder of
-Parquet files pass over names that begin with `_` or a dot.
+path, page and reason of what could not be scored; `_job.json` says which ensemble answered, on which device and in what
+precision. Readers of a folder of Parquet files pass over names that begin with `_` or a dot.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import json
 import os
 import platform
 import uuid
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Container, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from ..answers import fold_columns, member_columns
+from ..answers import columns, fold_columns, member_columns
 from ..errors import UserError
 from ..labels import class_of
 from ..manifest import Manifest
@@ -46,23 +46,31 @@ class Results:
         except OSError as error:
             raise UserError(f"{location} cannot be written ({one_line(error)}); name another folder") from None
 
-    def claim(self, job: dict[str, Any]) -> None:
-        """Refuse an output whose answers come from another `job`; mark an empty one as this job's."""
+    def check(self, job: dict[str, Any]) -> bool:
+        """Refuse an output whose answers come from another `job`, as far as it is known; whether it is claimed."""
         file = f"{self.folder}/_job.json"
         try:
             with self.system.open_input_stream(file) as stream:
                 found = json.loads(stream.read())
         except FileNotFoundError:
-            found = None
+            if self.shards():
+                raise UserError(
+                    f"{self.folder} holds other Parquet files; expected an empty folder; name another --output"
+                ) from None
+            return False
         except ValueError:
             raise UserError(f"{file} is damaged; expected {json.dumps(job)}; name another --output") from None
-        if found is None and self.shards():
-            raise UserError(f"{self.folder} holds other Parquet files; expected an empty folder; name another --output")
         for key, value in job.items():
-            if found is not None and found.get(key) != value:
-                raise UserError(f"{self.folder} holds answers with {key} {found.get(key)}; this run has {value}; "
-                                f"name another --output, or use the same {key}")  # fmt: skip
-        if found is None:
+            if found.get(key) != value:
+                raise UserError(
+                    f"{self.folder} holds answers with {key} {found.get(key)}; this run has {value}; "
+                    f"name another --output, or use the same {key}"
+                )
+        return True
+
+    def claim(self, job: dict[str, Any]) -> None:
+        """`check`, and mark an empty output as this job's."""
+        if not self.check(job):
             self.put("_job.json", json.dumps(job).encode())
 
     def shards(self, folder: str = "") -> set[str]:
@@ -109,33 +117,53 @@ class Results:
             return [(row["path"], row["page"], row["reason"]) for row in pq.read_table(stream).to_pylist()]
 
 
+def free_name(name: str, taken: Container[str]) -> str:
+    """`name`, or, where a column of ours has it, `input_` before it."""
+    while name in taken:
+        name = f"input_{name}"
+    return name
+
+
+class Page(NamedTuple):
+    """One page that was read, and where it comes from."""
+
+    path: str
+    page: int
+    pages: int
+    content: str
+
+
 def answers(
-    pages: Sequence[tuple[str, int]],
+    read: Sequence[Page],
     prediction: Prediction | None,
     manifest: Manifest,
-    ensemble: str,
+    computed: Sequence[str],
     metadata: pa.Table,
 ) -> pa.Table:
-    """A row for each (path, page), with its prediction and its row of the metadata.
+    """A row for each page, with its prediction and its row of the metadata.
 
-    A column of the input that has a name of ours gets `input_` before it.
+    computed: device, precision and ensemble. A column of the input that has a name of ours gets `input_` before it.
     """
     p = prediction.p_atypical if prediction else np.empty(0)
     folds, members = fold_columns(manifest), member_columns(manifest)
     fold_p = prediction.fold_p if prediction else np.empty((len(folds), 0))
     member_p = prediction.member_p if prediction else np.empty((len(members), 0))
-    columns: dict[str, Any] = {
-        "path": pa.array([path for path, _ in pages], pa.string()),
-        "page": pa.array([page for _, page in pages], pa.int32()),
+    found: dict[str, Any] = {
+        "path": pa.array([page.path for page in read], pa.string()),
+        "page": pa.array([page.page for page in read], pa.int32()),
+        "pages": pa.array([page.pages for page in read], pa.int32()),
         "p_atypical": pa.array(p, pa.float64()),
         "class": pa.array([class_of(one, manifest.threshold) for one in p], pa.string()),
         **{name: pa.array(one, pa.float64()) for name, one in zip(folds, fold_p, strict=True)},
         **{name: pa.array(one, pa.float64()) for name, one in zip(members, member_p, strict=False)},
         "spread": pa.array(prediction.spread if prediction else p, pa.float64()),
-        "ensemble": pa.array([ensemble] * len(p), pa.string()),
+        "content": pa.array([page.content for page in read], pa.string()),
+        **{
+            name: pa.array([value] * len(p), pa.string())
+            for name, value in zip(("device", "precision", "ensemble"), computed, strict=True)
+        },
     }
+    assert list(found) == columns(manifest)
     for name, column in zip(metadata.column_names, metadata.columns, strict=True):
-        while name in columns:
-            name = f"input_{name}"
-        columns[name] = column
-    return pa.table(columns)
+        found[free_name(name, found)] = column
+    return pa.table(found)

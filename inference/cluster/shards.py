@@ -7,7 +7,6 @@ shards, and a source that was changed is told from the one that was scored.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import os
 import re
@@ -22,14 +21,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from ..checksums import sha256
 from ..errors import UserError
-from ..imageio.listing import PATH_COLUMNS, SUFFIXES, list_crops
+from ..imageio.listing import PATH_COLUMNS, SUFFIXES, read_rows
 
 TARS = (".tar", ".tar.gz", ".tgz")
 KINDS = (".parquet", *TARS, *SUFFIXES)
 # what reading a damaged or missing file raises
 UNREADABLE = (UserError, OSError, EOFError, zlib.error, tarfile.TarError, pa.ArrowException)
 Item = tuple[str, int | None, dict[str, str]]  # path, page (None: all), metadata
+Named = dict[str, dict[int | None, dict[str, str]]]  # files with all links resolved: pages, and their metadata
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def resolve(location: str) -> tuple[fs.FileSystem, str, str]:
         system, path = fs.FileSystem.from_uri(location)
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = one_line(error)
-        raise UserError(f"{location}: {reason}; expected a path or a URI of file, s3, gs or hdfs; mend it") from None
+        raise UserError(f"{location}: {reason}; expected a path or a URI of file, s3, gs or hdfs; correct it") from None
     return system, path, "" if system.type_name == "local" else location.partition("://")[0] + "://"
 
 
@@ -87,6 +88,19 @@ def stamp(info: fs.FileInfo) -> str:
     return f"{info.size} {info.mtime_ns}"
 
 
+def unnamed(system: fs.FileSystem, scheme: str, found: Sequence[fs.FileInfo], named: Named) -> list[fs.FileInfo]:
+    """The files that no input before named, by whatever path. UserError where a table named pages of one."""
+    new = []
+    for info in found:
+        file = os.path.realpath(info.path) if system.type_name == "local" else scheme + info.path
+        if file not in named:
+            named[file] = {None: {}}
+            new.append(info)
+        elif None not in named[file]:
+            raise UserError(f"{info.path} is named as a whole and, in a table, by page; expected one; leave one out")
+    return new
+
+
 def walk(system: fs.FileSystem, folder: str) -> list[fs.FileInfo]:
     """All files below `folder` that may hold crops, by name; hidden ones, and what begins with _, are left out."""
     if system.type_name == "local":  # links to folders are not followed, as by the local command
@@ -99,14 +113,17 @@ def walk(system: fs.FileSystem, folder: str) -> list[fs.FileInfo]:
 
 
 def plan(locations: Sequence[str], size: int, image: str | None) -> tuple[list[Shard], dict[str, tuple[str, str]]]:
-    """All shards of the given files, folders and tables, each once; and by name, Parquet files that gave none and why.
+    """All shards of the given files, folders and tables; and by name, Parquet files that gave none and why.
+
+    A file that is named again, by whatever path, belongs to the input that names it first.
 
     size: crops of a shard (a tar stays whole, and so does a row group); image: the Parquet column with the bytes.
     UserError where a location does not exist or holds no crops.
     """
+    named: Named = {}
     shards: list[Shard] = []
     failed: dict[str, tuple[str, str]] = {}
-    for location in locations:
+    for location in dict.fromkeys(locations):
         system, path, scheme = resolve(location)
         try:
             info = system.get_file_info(path)
@@ -122,13 +139,15 @@ def plan(locations: Sequence[str], size: int, image: str | None) -> tuple[list[S
         if info.is_file and path.lower().endswith(".csv"):
             if scheme:
                 raise UserError(f"{location} is a table in a store; expected a local one; copy it, or use Parquet")
-            shards += table_shards(location, path, stamp(info), size)
+            shards += table_shards(location, path, size, named)
             continue
+        found = [one for one in found if one.path.lower().endswith(KINDS)]
+        if not found:
+            raise UserError(f"no crops in {location}; expected {', '.join(KINDS)} or .csv; check the path")
+        found = unnamed(system, scheme, found, named)
         images = [one for one in found if one.path.lower().endswith(SUFFIXES)]
         tars = [one for one in found if one.path.lower().endswith(TARS)]
         tables = [one for one in found if one.path.lower().endswith(".parquet")]
-        if not (images or tars or tables):
-            raise UserError(f"no crops in {location}; expected {', '.join(KINDS)} or .csv; check the path")
         for n in range(0, len(images), size):
             part = images[n : n + size]
             name = shard_name(scheme + path, size, n, *(f"{one.path} {stamp(one)}" for one in part))
@@ -150,23 +169,52 @@ def plan(locations: Sequence[str], size: int, image: str | None) -> tuple[list[S
     if failed and not shards:
         file, reason = next(iter(failed.values()))
         raise UserError(f"none of {len(failed):,} files can be read; {file}: {reason}")
-    return list({shard.name: shard for shard in shards}.values()), failed
+    return shards, failed
 
 
-def table_shards(location: str, path: str, content: str, size: int) -> list[Shard]:
-    """Slices of a CSV file; its other columns are metadata, as text."""
-    items = list_crops([Path(path)])
-    with open(path, newline="", encoding="utf-8-sig") as stream:
-        rows = list(csv.DictReader(stream))
-    known = next(name for name in PATH_COLUMNS if name in rows[0])
-    others = [name for name in rows[0] if name not in (known, "page")]
-    entries: list[Item] = [
-        (item.path, item.page, {name: row[name] for name in others}) for item, row in zip(items, rows, strict=True)
-    ]
+def table_shards(location: str, path: str, size: int, named: Named) -> list[Shard]:
+    """Slices of a CSV file; its other columns are metadata, as text. The files that it names are part of its content.
+
+    UserError for a crop that has two rows with different metadata, or that an earlier input names.
+    """
+    rows: Named = {}
+    entries: list[Item] = []
+    for item, row in zip(*read_rows(Path(path)), strict=True):
+        known = next(name for name in PATH_COLUMNS if name in row)
+        metadata = {name: cell for name, cell in row.items() if name not in (known, "page")}
+        file = os.path.realpath(item.path)
+        pages = rows.setdefault(file, {})
+        if file in named or (None in pages and item.page is not None) or (item.page is None and pages.keys() - {None}):
+            raise UserError(f"{item.path} is in {path}, and is named in another way too; expected each crop once; "
+                            "leave it out of one")  # fmt: skip
+        if pages.setdefault(item.page, metadata) is metadata:
+            entries.append((item.path, item.page, metadata))
+        elif pages[item.page] != metadata:
+            raise UserError(f"{path} has two different rows for {item.path}; expected one for each crop; correct it")
+    if not entries:
+        raise UserError(f"no crops in {location}; expected a row for each; check the table")
+    named |= rows
+    whole = sha256(Path(path))
     return [
-        Shard(shard_name(path, content, size, n), "files", location, path, path, items=entries[n : n + size])
+        Shard(
+            shard_name(path, whole, size, n, *(stamp_of(path) for path, _, _ in entries[n : n + size])),
+            "files",
+            location,
+            path,
+            path,
+            items=entries[n : n + size],
+        )
         for n in range(0, len(entries), size)
     ]
+
+
+def stamp_of(path: str) -> str:
+    """`stamp` of a local file; one that is missing has none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ""
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def parquet_shards(

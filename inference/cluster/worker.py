@@ -20,8 +20,8 @@ import pyarrow as pa
 from ..checksums import check_ensemble
 from ..errors import UserError
 from ..manifest import Manifest
-from .records import Chunk, read_shard, texts
-from .results import Error, Results, answers
+from .records import Chunk, Read, read_shard, texts
+from .results import Error, Page, Results, answers
 from .shards import UNREADABLE, Shard, one_line
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from ..ensemble import Ensemble, Prediction
 
-Decoded = tuple[Chunk, list["Future[list[tuple[int, np.ndarray]]]"]]
+Decoded = tuple[Chunk, list["Future[Read]"]]
 
 
 class Unusable(Exception):
@@ -40,16 +40,17 @@ class Scorer:
     """An actor: the ensemble, loaded with its first shard."""
 
     def __init__(
-        self, manifest: Manifest, ensemble: str, output: str, device: str, precision: str, threads: int
+        self, manifest: Manifest, computed: tuple[str, str, str], output: str, precision: str, threads: int
     ) -> None:
-        self.manifest, self.name, self.output = manifest, ensemble, output
-        self.device, self.precision, self.threads = device, precision, threads
+        """computed: device, precision and ensemble of the whole run; precision: as asked, which may be `auto`."""
+        self.manifest, self.computed, self.output = manifest, computed, output
+        self.precision, self.threads = precision, threads
         self.ensemble: Ensemble | None = None
         self.results: Results | None = None
         self.pool = ThreadPoolExecutor(max(2, threads))
 
     def load(self) -> None:
-        """UserError where this machine has not the same ensemble, or not the device."""
+        """UserError where this machine has not the same ensemble, device and precision."""
         import torch
 
         from ..ensemble import Ensemble
@@ -57,11 +58,16 @@ class Scorer:
         torch.set_num_threads(self.threads)
         try:
             check_ensemble(self.manifest)
-            self.ensemble = Ensemble(self.manifest, self.device, self.precision)
+            self.ensemble = Ensemble(self.manifest, self.computed[0], self.precision)
         except OSError as error:
             raise UserError(
                 f"the ensemble cannot be read on {platform.node()} ({one_line(error)}); copy it there"
             ) from None
+        if self.ensemble.precision != self.computed[1]:
+            raise UserError(
+                f"{platform.node()} computes in {self.ensemble.precision}; expected {self.computed[1]}, as the others "
+                "do; name one with --precision"
+            )
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """One shard, as JSON, to one row: crops, atypical, and why the whole run has to stop, if it has."""
@@ -93,11 +99,13 @@ class Scorer:
         errors: list[Error] = []
         try:
             for (records, metadata), futures in self.decoded(shard):
-                pages, crops, rows = [], [], []
+                pages: list[Page] = []
+                crops, rows = [], []
                 for n, (record, future) in enumerate(zip(records, futures, strict=True)):
                     try:
-                        for page, crop in future.result():
-                            pages.append((record.path, page))
+                        found = future.result()
+                        for page, crop in found.crops:
+                            pages.append(Page(record.path, page, found.pages, found.content))
                             crops.append(crop)
                             rows.append(n)
                     except UserError as error:
@@ -108,7 +116,7 @@ class Scorer:
                         pages,
                         prediction,
                         self.manifest,
-                        self.name,
+                        self.computed,
                         metadata.take(pa.array(rows, pa.int64())) if metadata.num_columns else metadata,
                     )
                 )
@@ -118,7 +126,7 @@ class Scorer:
             self.results.note(shard.name, [*errors, (shard.shown, None, reason)])
             return 0, 0
         if not tables:  # an empty archive
-            tables = [answers([], None, self.manifest, self.name, texts([]))]
+            tables = [answers([], None, self.manifest, self.computed, texts([]))]
         table = pa.concat_tables(tables, promote_options="default")
         if shard.kind == "files" and not len(table):  # a folder that is not mounted here looks like this too
             self.results.note(shard.name, errors)

@@ -1,4 +1,4 @@
-"""Which crops a command is to look at: files, folders and tables with paths, read one after another.
+"""Which crops a command is to look at: files, folders and tables with paths, read one after another; each crop once.
 
 Standard library only. A table is a CSV file with a column of paths, relative to the table itself, and possibly columns
 with a page, a label and a domain.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import UserError
@@ -18,38 +18,61 @@ from ..labels import parse_label
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".mha")
 PATH_COLUMNS = ("path", "file", "filename", "image", "image_path")
 FOLDER = "@folder"  # in place of a column: the name of the folder that a crop lies in
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the start of a formula
 
 
 @dataclass(frozen=True)
 class Item:
-    """A file, or one page of it; label 1 (atypical), 0 (normal) or None (not known)."""
+    """A file, or one page of it; label 1 (atypical), 0 (normal) or None (not known).
+
+    path: as it was named; file: the same for every name of one file, with all links resolved
+    """
 
     path: str
     page: int | None = None  # None: every page
     label: int | None = None
     domain: str = ""
+    file: str = ""
 
 
 def list_crops(paths: Sequence[Path], labels: str | None = None, domains: str | None = None) -> list[Item]:
-    """Every crop file of the given files, folders (with all below them, by name) and tables, in this order.
+    """Every crop of the given files, folders (with all below them, by name) and tables, in this order.
 
+    What is named twice, by whatever paths, stands where it was first named, with the label and the domain of either.
+    A file that is named as a whole and by some of its pages keeps an item for each: see `Run.stream`.
     labels, domains: names of columns, or "@folder"; without them a table's columns called label and domain.
-    UserError where a path is missing, a table cannot be understood, or nothing is found.
+    UserError where a path is missing, holds no crops or cannot be understood, or where labels contradict each other.
     """
-    items: list[Item] = []
+    items: dict[tuple[str, int | None], Item] = {}
     for path in paths:
-        if path.is_dir():
-            found = [str(file) for file in walk(path)]
-            items += [Item(file, None, folder_label(file, labels), folder_name(file, domains)) for file in found]
-        elif path.suffix.lower() == ".csv":
-            items += read_table(path, labels, domains)
-        elif path.exists():
-            items.append(Item(str(path), None, folder_label(str(path), labels), folder_name(str(path), domains)))
-        else:
+        if not path.exists():
             raise UserError(f"{path} does not exist; expected a file, a folder or a CSV file; check the path")
-    if not items:
-        raise UserError(f"no crops in {', '.join(map(str, paths))}; expected {', '.join(SUFFIXES)}; check the path")
-    return items
+        if path.suffix.lower() == ".csv" and not path.is_dir():
+            found = read_table(path, labels, domains)
+        else:
+            files = map(str, walk(path) if path.is_dir() else [path])
+            found = [Item(file, None, folder_label(file, labels), folder_name(file, domains)) for file in files]
+        if not found:
+            raise UserError(f"no crops in {path}; expected {', '.join(SUFFIXES)}; check the path")
+        for item in found:
+            item = replace(item, path=f"./{item.path}" if item.path.startswith(FORMULA) else item.path,
+                           file=os.path.realpath(item.path))  # fmt: skip
+            before = items.get((item.file, item.page))
+            items[item.file, item.page] = merged(before, item) if before else item
+    return [
+        merged(item, whole) if item.page is not None and (whole := items.get((item.file, None))) else item
+        for item in items.values()
+    ]
+
+
+def merged(item: Item, other: Item) -> Item:
+    """`item` with what only `other` knows. UserError where they contradict each other."""
+    for name, ours, theirs in (("label", item.label, other.label), ("domain", item.domain, other.domain)):
+        if ours not in (None, "") and theirs not in (None, "") and ours != theirs:
+            raise UserError(
+                f"{item.path} has the {name}s {ours} and {theirs}; expected one for each crop; correct the tables"
+            )
+    return replace(item, label=other.label if item.label is None else item.label, domain=item.domain or other.domain)
 
 
 def walk(folder: Path) -> Iterator[Path]:
@@ -59,37 +82,47 @@ def walk(folder: Path) -> Iterator[Path]:
         yield from (Path(root, name) for name in sorted(files) if name.lower().endswith(SUFFIXES) and name[0] != ".")
 
 
-def read_table(table: Path, labels: str | None, domains: str | None) -> list[Item]:
-    """The rows of a CSV file, in their order."""
+def read_rows(table: Path) -> tuple[list[Item], list[dict[str, str]]]:
+    """The rows of a CSV file in their order: a file or a page of it, and all columns as text."""
     try:
         with table.open(newline="", encoding="utf-8-sig") as stream:
-            rows = list(csv.DictReader(stream))
+            reader = csv.DictReader(stream)
+            columns, rows = list(reader.fieldnames or ()), list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{table} cannot be read ({error}); expected CSV in UTF-8 with a column of paths") from None
-    columns = list(rows[0]) if rows else []
     of_path = next((name for name in PATH_COLUMNS if name in columns), None)
     if of_path is None:
         raise UserError(f"{table} has the columns {columns}; expected one of {', '.join(PATH_COLUMNS)}; rename it")
-    for name in (labels, domains):
-        if name is not None and name != FOLDER and name not in columns:
-            raise UserError(f"{table} has no column {name!r} but {columns}; expected one of these; name another")
-    of_label = labels or ("label" if "label" in columns else None)
-    of_domain = domains or ("domain" if "domain" in columns else None)
     items = []
     for number, row in enumerate(rows, 2):
         if None in row or None in row.values():
             raise UserError(f"{table}, row {number} has not {len(columns)} fields; expected as many as its header")
-        path, page = str(table.parent / row[of_path]), row.get("page", "").strip()
+        page = row.get("page", "").strip()
         if page and not (page.isascii() and page.isdigit()):
             raise UserError(
                 f"{table}, row {number}: page is {page!r}; expected a number from 0 on or nothing; correct it"
             )
-        label = folder_label(path, labels)
+        items.append(Item(str(table.parent / row[of_path]), int(page) if page else None))
+    return items, rows
+
+
+def read_table(table: Path, labels: str | None, domains: str | None) -> list[Item]:
+    """`read_rows` with labels and domains."""
+    items, rows = read_rows(table)
+    columns = list(rows[0]) if rows else []
+    for name in (labels, domains):
+        if rows and name is not None and name != FOLDER and name not in columns:
+            raise UserError(f"{table} has no column {name!r} but {columns}; expected one of these; name another")
+    of_label = labels or ("label" if "label" in columns else None)
+    of_domain = domains or ("domain" if "domain" in columns else None)
+    found = []
+    for number, (item, row) in enumerate(zip(items, rows, strict=True), 2):
+        label = folder_label(item.path, labels)
         if of_label and of_label != FOLDER:
             label = label_or_none(row[of_label], f"{table}, row {number}, column {of_label}")
-        domain = folder_name(path, domains) or (row[of_domain] if of_domain and of_domain != FOLDER else "")
-        items.append(Item(path, int(page) if page else None, label, domain))
-    return items
+        domain = folder_name(item.path, domains) or (row[of_domain] if of_domain and of_domain != FOLDER else "")
+        found.append(replace(item, label=label, domain=domain))
+    return found
 
 
 def label_or_none(text: str, where: str) -> int | None:

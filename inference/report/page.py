@@ -50,6 +50,13 @@ def picture(crop: np.ndarray) -> Picture:
     return Picture(stream.getvalue(), width, height)
 
 
+def is_report(file: Path) -> bool:
+    """Whether `file` begins as `write_report` begins one, so that another may take its place. Raises OSError."""
+    head = read("report.html").partition("@@")[0].encode()
+    with file.open("rb") as stream:
+        return stream.read(len(head)) == head
+
+
 def write_report(
     rows: Sequence[Answer], crops: Iterable[np.ndarray | Picture], manifest: Manifest | None, file: Path, *,
     title: str = "", threshold: float | None = None, settings: dict[str, str] | None = None,

@@ -18,13 +18,14 @@ from pathlib import Path
 import numpy as np
 
 from .. import __version__
+from ..answers import computing
 from ..commandline import add_ensemble_options
 from ..errors import UserError
 from ..exits import FAILED, INCOMPLETE, INTERRUPTED
 from ..imageio.listing import FOLDER, list_crops
 from ..manifest import default_ensemble, load_manifest
 from ..metrics import scores
-from ..report.page import write_report
+from ..report.page import is_report, write_report
 from .run import Run
 from .table import Table
 
@@ -57,11 +58,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def summarise(run: Run, say: Callable[[str], None], seconds: float) -> None:
-    """What was found, in a line or two. UserError where nothing was."""
-    if not run.total:
-        raise UserError(f"none of {run.failed} files could be read; each is named above; expected images of crops")
-    known = f", {run.total - run.new:,} of them known already" if run.total > run.new else ""
-    say(f"{run.total:,} crops ({run.atypical:,} atypical){known}, {seconds:.1f} s")
+    """What was found, in a line or two."""
+    total = len(run.rows)
+    known = f", {total - run.new:,} of them known already" if total > run.new else ""
+    say(f"{total:,} crops ({run.atypical:,} atypical){known}, {seconds:.1f} s")
     if run.scored:
         p, labels = np.array([p for p, _ in run.scored]), np.array([label for _, label in run.scored])
         found = scores(labels, p, run.manifest.threshold)
@@ -69,6 +69,21 @@ def summarise(run: Run, say: Callable[[str], None], seconds: float) -> None:
             f"{name} {'-' if math.isnan(found[key]) else f'{found[key]:.4f}'}" for key, name in METRICS.items()
         )
         say(f"{len(labels):,} labelled ({int(labels.sum()):,} atypical): {text}")
+
+
+def check_outputs(options: argparse.Namespace) -> None:
+    """UserError where the report cannot be written, or would take the place of something else."""
+    used = [path.resolve() for path in (*options.paths, options.csv, options.report) if path]
+    for file in (options.csv, options.report):
+        if file and used.count(file.resolve()) > 1:
+            raise UserError(f"{file} is named twice; expected a file of its own for each input and output; rename one")
+    report = options.report
+    if report is None:
+        return
+    if report.is_dir() or not os.access(report.absolute().parent, os.W_OK):
+        raise UserError(f"{report} cannot be written; expected a file in a writable folder; name another")
+    if report.exists() and not (report.is_file() and (report.stat().st_size == 0 or is_report(report))):
+        raise UserError(f"{report} is there, and is no report; expected a new file or an earlier report; name another")
 
 
 def write_page(run: Run, options: argparse.Namespace) -> None:
@@ -113,17 +128,22 @@ def run(options: argparse.Namespace) -> int:
     options.paths = [Path(path) for path in options.paths]
     if options.attribution and not options.report:
         raise UserError("--attribution shows its maps in a report; expected --report FILE too; add it")
-    if options.report and (options.report.is_dir() or not os.access(options.report.absolute().parent, os.W_OK)):
-        raise UserError(f"{options.report} cannot be written; expected a file in a writable folder; name another")
+    check_outputs(options)
     start = time.perf_counter()
     manifest = load_manifest(options.weights)
     items = list_crops(options.paths, options.labels, options.domains)
     to_stdout = options.csv is None and options.report is None
-    table = Table(options.csv, manifest, to_stdout)
+    computed = computing(manifest, options.device, options.precision)
+    table = Table(options.csv, manifest, computed, to_stdout)
+    table.check_named(items, [path for path in options.paths if path.is_dir()])
     run = Run(options.device, options.precision, options.report is not None, manifest, table, items)
     say = lambda text: print(text, file=sys.stderr if to_stdout else sys.stdout, flush=True)  # noqa: E731
     try:
         run.score()
+        if not run.rows:
+            raise UserError(f"none of {run.failed} files could be read; each is named above; expected images of crops")
+        if dropped := table.settle(run.rows):
+            say(f"{dropped:,} earlier answers dropped: their files have changed, are gone or cannot be read")
         summarise(run, say, time.perf_counter() - start)
         if options.report:
             write_page(run, options)

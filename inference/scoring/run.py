@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..answers import Answer, pages_of
+from ..answers import Answer, content_of, pages_of
 from ..errors import UserError
+from ..exits import describe
 from ..imageio.listing import Item
 from ..imageio.stack import read_stack
 from ..manifest import Manifest
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Run:
-    """rows and pictures are kept for a report only, scored (p, label) where there are labels."""
+    """rows: of the run so far, in its order; pictures are kept for a report only, scored (p, label) where known."""
 
     device: str
     precision: str
@@ -38,7 +39,6 @@ class Run:
     rows: list[Answer] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     scored: list[tuple[float, int]] = field(default_factory=list)
-    total: int = 0
     new: int = 0
     atypical: int = 0
     failed: int = 0
@@ -53,18 +53,28 @@ class Run:
         return self.loaded
 
     def pages(self, item: Item) -> list[tuple[Answer, np.ndarray | None]]:
-        """An item's pages: finished rows, or rows without folds, each with its crop where one is needed."""
-        done = self.table.done.get(item.path, {})
-        # pages are written in their order, so only the last file may have been left half-way
-        complete = bool(done) and item.path != self.table.last if item.page is None else item.page in done
-        if complete and not self.keep_pictures:
-            return [(row, None) for page, row in done.items() if item.page in (None, page)]
-        pages = pages_of(read_stack(Path(item.path)), item.page)
-        return [(done.get(page) or Answer(item.path, page, 0.0, ()), crop) for page, crop in pages]
+        """An item's pages: known answers, or answers without folds, each with its crop where one is needed."""
+        content = content_of(Path(item.path))
+        known = self.table.done.get((item.path, content), {})
+        if known and not self.keep_pictures:
+            wanted = range(next(iter(known.values())).pages) if item.page is None else [item.page]
+            if all(page in known for page in wanted):
+                return [(known[page], None) for page in wanted]
+        crops = read_stack(Path(item.path))
+        return [
+            (known.get(page) or Answer(item.path, page, 0.0, (), pages=len(crops), content=content), crop)
+            for page, crop in pages_of(crops, item.page)
+        ]
 
     def stream(self) -> Iterator[tuple[Answer, np.ndarray | None]]:
-        """All pages of all items; an item that cannot be read is named on stderr, counted and left out."""
+        """Each page once, in the order in which they are named first.
+
+        An item that cannot be read is named on stderr, counted and left out.
+        """
         progress, worked = Progress(len(self.items), "files"), 0
+        single = {(item.file, item.page): item for item in self.items if item.page is not None}
+        whole = {item.file for item in self.items if item.page is None}
+        seen: set[tuple[str, int]] = set()  # pages of files that are named as a whole and by page
         for number, item in enumerate(self.items):
             progress.show(number, worked, self.new)
             try:
@@ -72,10 +82,17 @@ class Run:
             except UserError as error:
                 self.failed += 1
                 progress.clear()
-                print(f"not scored: {item.path}: {error}", file=sys.stderr, flush=True)
+                print(f"not scored: {describe(UserError(f'{item.path}: {error}'))}", file=sys.stderr, flush=True)
                 continue
             worked += any(not row.fold_p for row, _ in found)
-            yield from ((replace(row, label=item.label, domain=item.domain), crop) for row, crop in found)
+            for row, crop in found:
+                page = item.file, row.page
+                if page in single and item.file in whole:
+                    if page in seen:
+                        continue
+                    seen.add(page)
+                about = single.get(page, item)
+                yield replace(row, label=about.label, domain=about.domain), crop
         progress.clear()
 
     def score(self) -> None:
@@ -85,12 +102,13 @@ class Run:
         for row, crop in self.stream():
             batch.append((row, crop))
             waiting += not row.fold_p
-            if waiting == size or len(batch) == 4096:
+            if waiting == size:
                 start = time.perf_counter()
                 self.finish(batch)
-                seconds = time.perf_counter() - start
-                if waiting == size:
-                    size = min(2 * size, 1024) if seconds < 0.7 else max(size // 2, 1) if seconds > 3 else size
+                size = next_size(size, time.perf_counter() - start)
+                batch, waiting = [], 0
+            elif len(batch) == 4096:  # nearly all known
+                self.finish(batch)
                 batch, waiting = [], 0
         self.finish(batch)
 
@@ -109,11 +127,11 @@ class Run:
                     member_p=tuple(prediction.member_p[:, k].tolist()) if several else (),
                 )
             self.table.append([rows[n] for n in waiting])
-        self.total, self.new = self.total + len(rows), self.new + len(waiting)
+        self.new += len(waiting)
         self.atypical += sum(row.p_atypical >= self.manifest.threshold for row in rows)
         self.scored += [(row.p_atypical, row.label) for row in rows if row.label is not None]
+        self.rows += rows
         if self.keep_pictures:
-            self.rows += rows
             self.pictures += [picture(crop) for _, crop in batch if crop is not None]
 
     def attributions(self, count: int) -> list[Attribution | None]:
@@ -128,6 +146,15 @@ class Run:
             maps[n] = attribute(self.ensemble(), read_stack(Path(self.rows[n].path))[self.rows[n].page])
         progress.clear()
         return maps
+
+
+def next_size(size: int, seconds: float) -> int:
+    """Crops of the next batch, where one of `size` took `seconds`."""
+    if seconds < 0.7:
+        return min(2 * size, 1024)
+    if seconds > 3:
+        return max(size // 2, 1)
+    return size
 
 
 def most_worth_a_look(rows: Sequence[Answer], threshold: float) -> list[int]:

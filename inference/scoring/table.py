@@ -1,70 +1,96 @@
-"""The CSV file that a scoring run writes as it goes, and that a rerun continues.
+"""The CSV file that a scoring run writes as it goes, and that a rerun resumes.
 
-The columns are those of inference/answers.py. Probabilities have full precision. The last column
-is the start of the manifest's SHA-256: rows of two ensembles never end up in one file unnoticed.
+The columns are those of inference/answers.py. Rows are added as they are computed: a run that is killed loses little.
+A rerun takes from them what still holds, and leaves the file as one uninterrupted run would have written it.
 """
 
 from __future__ import annotations
 
 import csv
+import fcntl
 import os
+import stat
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from ..answers import Answer, columns, fold_columns, member_columns
+from ..answers import CONTENT, Answer, columns, fold_columns, member_columns
 from ..checksums import ensemble_id
 from ..errors import UserError
+from ..files import replacing
+from ..imageio.listing import Item
 from ..labels import class_of
 from ..manifest import Manifest
 
+Key = tuple[str, int, str]  # path, page, content
+
+
+def key_of(row: Answer) -> Key:
+    return row.path, row.page, row.content
+
 
 class Table:
-    """`done` holds the rows found in the file, by path and page; `append` adds some and hands them to the disk."""
+    """`done` holds the rows found in the file, by path and content, then by page; `append` hands more to the disk."""
 
-    def __init__(self, file: Path | None, manifest: Manifest, to_stdout: bool = False) -> None:
-        """file: made where it does not exist, checked and resumed where it does; None writes nowhere, or to stdout."""
+    def __init__(
+        self, file: Path | None, manifest: Manifest, computed: tuple[str, str], to_stdout: bool = False
+    ) -> None:
+        """file: made where it does not exist, checked and resumed where it does; None writes nowhere, or to stdout.
+
+        computed: the device and the precision of this run. UserError where the file holds anything but such rows.
+        """
+        self.file = file.resolve() if file else None  # a link is kept, and what it points to is replaced
         self.threshold = manifest.threshold
-        self.ensemble = ensemble_id(manifest)
         self.columns = columns(manifest)
-        self.folds = slice(4, 4 + len(fold_columns(manifest)))
+        self.folds = slice(5, 5 + len(fold_columns(manifest)))
         self.members = slice(self.folds.stop, self.folds.stop + len(member_columns(manifest)))
-        self.done: dict[str, dict[int, Answer]] = {}
-        self.last = ""  # the last row's path: its file may have more pages than were written
+        self.computed = [*computed, ensemble_id(manifest)]
+        self.done: dict[tuple[str, str], dict[int, Answer]] = {}
+        self.keys: list[Key] = []  # of all rows in the file, in its order
         self.stream: IO[str] | None = sys.stdout if to_stdout else None
         fresh = True
-        if file is not None:
+        if self.file is not None:
             try:
-                fresh = not file.exists() or not self._cut(file)
+                self.stream = self._open(self.file)
+                fresh = not self._cut(self.file)
                 if not fresh:
-                    self._read(file)
-                self.stream = file.open("a", newline="", encoding="utf-8", errors="surrogateescape")
+                    self._read(self.file)
             except OSError as error:
                 raise UserError(f"{file} cannot be written ({error.strerror}); name another file") from None
         if fresh:
             self._write([self.columns])
 
+    def _open(self, file: Path) -> IO[str]:
+        """The file, made where it does not exist, for this run alone."""
+        if file.exists() and not stat.S_ISREG(file.stat().st_mode):
+            raise UserError(f"{file} is not a regular file; expected a CSV file; name another")
+        stream = file.open("a", newline="", encoding="utf-8", errors="surrogateescape")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run writes to {file}; expected one at a time; wait, or name another") from None
+        except OSError:
+            pass  # a file system without locks
+        return stream
+
     def _cut(self, file: Path) -> bool:
-        """Cut off a last line without an end, which a stopped run leaves; returns whether a header is left.
+        """Cut off a last row without an end, which a stopped run leaves; returns whether a header is left.
 
         Only in a file with this ensemble's own columns: whatever else `file` may be is refused as it is.
         """
         header = (",".join(self.columns) + "\n").encode()
+        end = position = quotes = 0
         with file.open("r+b") as stream:
             start = stream.read(len(header))
             if start != header[: len(start)]:
                 shown = start.split(b"\n")[0].decode(errors="replace")
                 raise UserError(f"{file} begins with {shown!r}; expected {header.decode()!r}; name another CSV file")
-            end = stream.seek(0, os.SEEK_END) if start == header else 0
-            while end:
-                begin = max(0, end - 65536)
-                stream.seek(begin)
-                block = stream.read(end - begin)
-                end = begin
-                if b"\n" in block:
-                    end = begin + block.rindex(b"\n") + 1
-                    break
+            stream.seek(0)
+            for line in stream:
+                position, quotes = position + len(line), quotes + line.count(b'"')
+                if line.endswith(b"\n") and quotes % 2 == 0:  # a line's end inside quotes belongs to a file's name
+                    end = position
             stream.truncate(end)
         return end > 0
 
@@ -72,27 +98,97 @@ class Table:
         with file.open(newline="", encoding="utf-8", errors="surrogateescape") as stream:
             lines = csv.reader(stream)
             next(lines)
-            for number, line in enumerate(lines, 2):
-                if len(line) != len(self.columns) or line[-1] != self.ensemble:
-                    raise UserError(f"{file}, row {number} ends in {line[-1:]}; expected ensemble {self.ensemble}; "
-                                    "name another CSV file, or choose its ensemble with --weights")  # fmt: skip
-                try:
-                    folds, members = (tuple(map(float, line[part])) for part in (self.folds, self.members))
-                    row = Answer(line[0], int(line[1]), float(line[2]), folds, members)
-                except ValueError as error:
-                    raise UserError(f"{file}, row {number} is damaged ({error}); remove that row") from None
-                self.done.setdefault(row.path, {})[row.page] = row
-                self.last = row.path
+            try:
+                for line in lines:
+                    row = self._parse(line)
+                    self._expect(file, line[-3:])
+                    self.keys.append(key_of(row))
+                    self.done.setdefault((row.path, row.content), {})[row.page] = row
+            except (ValueError, csv.Error) as error:
+                number = len(self.keys) + 2
+                raise UserError(f"{file}, row {number} is damaged ({error}); expected a result; remove it") from None
+
+    def _parse(self, line: list[str]) -> Answer:
+        """ValueError for anything but a row that `append` may have written."""
+        if len(line) != len(self.columns):
+            raise ValueError(f"{len(line)} fields instead of {len(self.columns)}")
+        folds, members = (tuple(map(float, line[part])) for part in (self.folds, self.members))
+        p, page, pages, content = float(line[3]), int(line[1]), int(line[2]), line[-4]
+        if not (all(0 <= one <= 1 for one in (p, *folds, *members)) and 0 <= page < pages):
+            raise ValueError("a probability or a page is out of range")
+        if not CONTENT.fullmatch(content):
+            raise ValueError(f"content {content!r:.80}")
+        return Answer(line[0], page, p, folds, members, pages=pages, content=content)
+
+    def _expect(self, file: Path, computed: list[str]) -> None:
+        if computed == self.computed:
+            return
+        (device, precision, ensemble), (our_device, our_precision, ours) = computed, self.computed
+        if ensemble != ours:
+            raise UserError(
+                f"{file} holds answers of ensemble {ensemble}; expected ensemble {ours}; name another CSV file, "
+                "or choose its ensemble with --weights"
+            )
+        raise UserError(
+            f"{file} was computed on {device} in {precision}; expected {our_device} in {our_precision}, as this run "
+            "computes; name another CSV file, or choose them with --device and --precision"
+        )
+
+    def check_named(self, items: Sequence[Item], folders: Sequence[Path]) -> None:
+        """UserError where the file holds answers that `items` do not ask for.
+
+        Left out of the comparison: a file that is gone from one of the `folders` that were read.
+        """
+        whole = {item.path for item in items if item.page is None}
+        pages = {(item.path, item.page) for item in items}
+        others = {path: page for path, page, _ in self.keys if path not in whole and (path, page) not in pages}
+        for path, page in others.items():
+            if os.path.lexists(path) or not any(Path(path).is_relative_to(folder) for folder in folders):
+                raise UserError(
+                    f"{self.file} holds answers that this command does not ask for, such as page {page} of {path}; "
+                    "expected none; name these crops too, remove their rows, or name another CSV file"
+                )
 
     def append(self, rows: Sequence[Answer]) -> None:
-        lines = []
-        for row in rows:
-            cells: list[Any] = [row.path, row.page, repr(row.p_atypical), class_of(row.p_atypical, self.threshold)]
-            members = row.member_p if self.members.stop > self.members.start else ()
-            lines.append([*cells, *map(repr, (*row.fold_p, *members, row.spread)), self.ensemble])
-        self._write(lines)
+        self.keys += map(key_of, rows)
+        self._write(map(self._cells, rows))
 
-    def _write(self, lines: list[list[Any]]) -> None:
-        if self.stream is not None:
-            csv.writer(self.stream, lineterminator="\n").writerows(lines)
+    def settle(self, rows: Sequence[Answer]) -> int:
+        """Leave `rows`, in their order, and nothing else in the file; returns how many it held that hold no more."""
+        wanted = list(map(key_of, rows))
+        if self.file is not None and self.keys != wanted:
+            try:
+                with replacing(self.file, sync=True) as partial:
+                    with partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as self.stream:
+                        self._write([self.columns])
+                        self._write(map(self._cells, rows))
+                    partial.chmod(stat.S_IMODE(self.file.stat().st_mode))
+            except OSError as error:
+                raise self._unwritable(error) from None
+        return len(set(self.keys).difference(wanted))
+
+    def _unwritable(self, error: OSError) -> UserError:
+        where = self.file or "stdout"
+        return UserError(f"{where} cannot be written ({error.strerror}); expected a file with space left; run it again")
+
+    def _cells(self, row: Answer) -> list[str]:
+        members = row.member_p if self.members.stop > self.members.start else ()
+        where = [quoted(row.path), str(row.page), str(row.pages)]
+        answer = [repr(row.p_atypical), class_of(row.p_atypical, self.threshold)]
+        return [*where, *answer, *map(repr, (*row.fold_p, *members, row.spread)), row.content, *self.computed]
+
+    def _write(self, lines: Iterable[Sequence[str]]) -> None:
+        if self.stream is None:
+            return
+        try:
+            self.stream.writelines(",".join(cells) + "\n" for cells in lines)
             self.stream.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+
+def quoted(path: str) -> str:
+    """A cell with any file's name; the csv module leaves a carriage return bare, and then reads it as a row's end."""
+    return '"' + path.replace('"', '""') + '"' if any(letter in path for letter in ',"\r\n') else path

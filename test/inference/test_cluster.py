@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,6 +25,7 @@ from inference.errors import UserError
 from test.harness import s3, sagemaker
 from test.support import commands
 from test.support.miniature import make_ensemble
+from test.support.processes import interruptible
 from test.support.ray_cluster import cluster
 from test.support.shard_files import CROPS, arguments, run, write_folder, write_parquet, write_tar
 
@@ -38,7 +40,8 @@ def address() -> Iterator[str]:
 
 def start(address: str, weights: Path, output: Path, *more: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "inference", "score", "--ray", address, *arguments(weights, output, *more)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **pipes, preexec_fn=interruptible)
 
 
 def read(output: Path) -> pd.DataFrame:
@@ -77,7 +80,8 @@ def answered(address, miniature, blobs, tmp_path_factory) -> tuple[Path, Path]:
     write_folder(data / "folder", blobs)
     write_tar(data / "a.tar", blobs)
     write_parquet(data / "a.parquet", blobs)
-    rows = "".join(f"folder/{n:03}.png,AMF {n}\n" for n in range(CROPS))
+    write_folder(data / "tabled", blobs)
+    rows = "".join(f"tabled/{n:03}.png,AMF {n}\n" for n in range(CROPS))
     (data / "table.csv").write_text("path,label\n" + rows)
     locations = [data / "folder", (data / "a.tar").as_uri(), data / "a.parquet", data / "table.csv"]
     assert run(address, miniature, folder / "out", *locations, "--shard", 20) == 0
@@ -106,7 +110,10 @@ def test_every_format_gets_the_answers_of_the_local_command(answered, miniature,
             np.testing.assert_allclose(part[column], [float(row[column]) for row in wanted], atol=1e-6, err_msg=name)
         assert list(part["class"]) == [row["class"] for row in wanted]
         assert set(part.ensemble) == {wanted[0]["ensemble"]} and set(part.page) == {0}
-    assert list(formats["folder"].path) == list(formats["table"].path) == [row["path"] for row in wanted]
+    assert list(formats["folder"].path) == [row["path"] for row in wanted]
+    assert [path.replace("/tabled/", "/folder/") for path in formats["table"].path] == list(formats["folder"].path)
+    for column in ("pages", "content", "device", "precision"):
+        assert list(formats["folder"][column].astype(str)) == [row[column] for row in wanted]
     assert list(formats["table"].label) == [f"AMF {n}" for n in range(CROPS)]
     assert list(formats["tar"].path) == [f"{data}/a.tar#s/{n:03}.png" for n in range(CROPS)]
     assert [json.loads(text)["x"] for text in formats["tar"].json] == list(range(CROPS))
@@ -159,7 +166,7 @@ def test_a_killed_actor_does_not_stop_the_run(address, miniature, blobs, tmp_pat
 CRASHING = """
 import os, sys
 from inference.cluster import command as cluster
-from inference.scoring import command as score
+from test.support import commands
 
 class Scorer(cluster.Scorer):  # workers get it by value, with this program's text
     def score(self, shard):
@@ -221,7 +228,7 @@ def test_ctrl_c_ends_a_run_that_local_ray_continues(address, miniature, blobs, t
     command.send_signal(signal.SIGINT)
     out, err = command.communicate()
     assert (command.returncode, out) == (130, "")
-    assert len(err.splitlines()) == 1 and "the same command goes on from there" in err
+    assert len(err.splitlines()) == 1 and "the same command resumes it" in err
     out, err = (command := start("local", miniature, output, file, "--shard", 40)).communicate()
     assert (command.returncode, err) == (0, "") and "known already" in out
     assert sorted(pd.read_parquet(output).path) == sorted(f"{file}#{n}" for n in range(10 * CROPS))
@@ -236,6 +243,11 @@ def test_an_output_belongs_to_one_ensemble_and_one_input(answered, miniature, bl
     for folder, message in ((other, "holds answers with ensemble"), (miniature, "holds answers with shard 20")):
         with pytest.raises(UserError, match=message):
             run("nowhere:1", folder, output, data / "a.tar", *(["--shard", 20] if folder is other else []))
+    for more, message in ((("--precision", "bf16"), "precision fp32"), (("--device", "cuda"), "device cpu")):
+        with pytest.raises(UserError, match=f"holds answers with {message}"):
+            run("nowhere:1", miniature, output, data / "a.tar", "--shard", 20, *more)
+    with pytest.raises(UserError, match="whose input this command does not name"):
+        run("nowhere:1", miniature, output, data / "a.tar", "--shard", 20)
     file = write_parquet(tmp_path / "a.parquet", blobs[:5])
     with pytest.raises(UserError, match="holds other Parquet files"):
         run("nowhere:1", miniature, tmp_path, data)

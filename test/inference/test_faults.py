@@ -24,6 +24,7 @@ from inference.contract import OUTPUT, check_answers
 from inference.errors import UserError
 from inference.exits import describe, is_memory
 from test.support.image_files import stack, with_pillow
+from test.support.processes import interruptible
 from test.support.stub import make_input, stub_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,7 +98,7 @@ PHASES = {
 def test_killed_in_any_phase(phase: str, number: signal.Signals, job: dict[str, Any], tmp_path: Path) -> None:
     job["env"]["STALL"] = PHASES[phase]
     job.pop("timeout")
-    with subprocess.Popen(**job) as process:
+    with subprocess.Popen(**job, preexec_fn=interruptible) as process:
         assert process.stdout and process.stdout.readline() == "ready\n"
         start = time.perf_counter()
         process.send_signal(number)

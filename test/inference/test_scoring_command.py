@@ -137,7 +137,10 @@ def test_a_file_that_is_no_result_is_left_as_it_is(weights, crops, tmp_path, con
     assert file.read_bytes() == content.encode("latin-1")
 
 
-ROWS = [Answer(f'a "quoted", {n}\u00e4.png', n % 3, n / 7, (n / 9, n / 8)) for n in range(6)]
+NAMES = ('a "quoted", \u00e4.png', "line\nline.png", "carriage\rreturn.png", "\udcff.png")
+CONTENT = "sha256:0123456789abcdef"
+ROWS = [Answer(NAMES[n % 4], n // 4, n / 8, (n / 9, n / 8), pages=2, content=CONTENT) for n in range(8)]
+COMPUTED = "cpu", "fp32"
 
 
 @given(st.data())
@@ -147,15 +150,84 @@ def test_a_result_cut_anywhere_is_resumed(tmp_path_factory, data) -> None:
     (folder / "ensemble.json").write_text("{}")
     manifest = load_like(folder)
     file = folder / "out.csv"
-    Table(file, manifest).append(ROWS)
+    Table(file, manifest, COMPUTED).append(ROWS)
     whole = file.read_bytes()
     cut = data.draw(st.integers(0, len(whole)))
     file.write_bytes(whole[:cut])
-    table = Table(file, manifest)
-    done = [row for rows in table.done.values() for row in rows.values()]
+    table = Table(file, manifest, COMPUTED)
+    done = [table.done[path, content][page] for path, page, content in table.keys]
     assert done == ROWS[: len(done)]
     table.append(ROWS[len(done) :])
+    assert table.settle(ROWS) == 0
     assert file.read_bytes() == whole
+
+
+def test_every_crop_is_answered_once(weights, crops, tmp_path) -> None:
+    """By whatever paths it is named: a folder and one in it, a file and its folder, links, a page and its file."""
+    folder, known = crops
+    (tmp_path / "link.png").symlink_to(folder / "atypical/a.png")
+    table = tmp_path / "pages.csv"
+    table.write_text(f"path,page,label\n{folder}/normal/stack.tiff,3,AMF\n{folder}/normal/stack.tiff,3,\n")
+    out = tmp_path / "out.csv"
+    assert run(weights, table, folder / "normal", folder, tmp_path / "link.png", table, "--csv", out) == 0
+    found = [(row["path"], int(row["page"])) for row in read(out)]
+    assert found[0] == (str(folder / "normal/stack.tiff"), 3)
+    assert sorted(found) == sorted(known)
+    again = tmp_path / "again.csv"
+    assert run(weights, folder / "normal", "--csv", again) == 0
+    assert run(weights, folder, "--csv", again) == 0  # first a folder, later its parent
+    assert [(row["path"], int(row["page"])) for row in read(again)] == list(known)
+
+
+def test_labels_of_one_crop_may_not_contradict_each_other(crops, tmp_path) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text(f"path,label\n{crops[0]}/atypical/a.png,AMF\n")
+    assert [item.label for item in list_crops([crops[0] / "atypical", table])] == [1]
+    table.write_text(table.read_text() + f"{crops[0]}/atypical/../atypical/a.png,NMF\n")
+    with pytest.raises(UserError, match="has the labels 1 and 0"):
+        list_crops([table])
+
+
+def test_a_name_that_a_spreadsheet_would_compute(weights, crops, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "=1+1.png").write_bytes((crops[0] / "atypical/a.png").read_bytes())
+    assert run(weights, "=1+1.png", "--csv", "out.csv") == 0
+    assert [row["path"] for row in read(tmp_path / "out.csv")] == ["./=1+1.png"]
+
+
+def test_the_labels_of_omg_octo(tmp_path) -> None:
+    """Its table says MF for a normal figure; a word that nobody knows is an error, and never no label."""
+    table = tmp_path / "omg_octo.csv"
+    table.write_text("filename,label,domain\na.png,AMF,canine\nb.png,MF,canine\nc.png,,human\n")
+    assert [item.label for item in list_crops([table])] == [1, 0, None]
+    table.write_text("filename,label\na.png,mitosis\n")
+    with pytest.raises(UserError, match="row 2, column label: label is 'mitosis'"):
+        list_crops([table])
+
+
+def test_what_is_there_is_not_overwritten(weights, crops, tmp_path) -> None:
+    crop, table = tmp_path / "a.png", tmp_path / "table.csv"
+    crop.write_bytes((crops[0] / "atypical/a.png").read_bytes())
+    table.write_text("path\na.png\n")
+    (tmp_path / "page.html").write_text("<!doctype html><p>mine")
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    for option, file in (("--report", crop), ("--report", table), ("--report", tmp_path / "page.html"),
+                         ("--csv", table), ("--csv", crop)):  # fmt: skip
+        with pytest.raises(UserError, match=r"is named twice|no report|begins with"):
+            run(weights, tmp_path / "table.csv", option, file)
+    with pytest.raises(UserError, match="is named twice"):
+        run(weights, crop, "--csv", tmp_path / "new", "--report", tmp_path / "new")
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+    for _ in range(2):  # an earlier report may be written again
+        assert run(weights, crop, "--report", tmp_path / "report.html") == 0
+
+
+def test_one_run_at_a_time_writes_to_a_file(tmp_path) -> None:
+    (tmp_path / "ensemble.json").write_text("{}")
+    table = Table(tmp_path / "out.csv", load_like(tmp_path), COMPUTED)
+    with pytest.raises(UserError, match="another run writes"):
+        Table(tmp_path / "out.csv", load_like(tmp_path), COMPUTED)
+    assert not table.keys
 
 
 def load_like(folder: Path):
@@ -276,7 +348,7 @@ def test_the_command_itself(weights, crops) -> None:
     command = [sys.executable, "-m", "inference", "score", "--weights", str(weights), "--device", "cpu"]
     done = subprocess.run([*command, str(crops[0] / "atypical")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0].startswith("path,page,p_atypical,class,fold_0,fold_1,fold_2,spread")
+    assert done.stdout.splitlines()[0].startswith("path,page,pages,p_atypical,class,fold_0,fold_1,fold_2,spread")
     assert done.stderr.startswith("1 crops (")
     refused = subprocess.run([*command, "missing.png"], capture_output=True, text=True)
     assert refused.returncode == 1 and len(refused.stderr.splitlines()) == 1

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import os
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,7 +18,7 @@ from inference.cluster.records import read_shard
 from inference.cluster.shards import UNREADABLE, plan, source_of
 from inference.errors import UserError
 from test.support import commands
-from test.support.shard_files import CROPS, arguments, run, write_parquet, write_tar
+from test.support.shard_files import CROPS, arguments, run, write_folder, write_parquet, write_tar
 
 
 def test_a_tar_that_was_cut_is_never_taken_for_a_shorter_one(blobs, tmp_path) -> None:
@@ -34,6 +37,86 @@ def test_a_tar_that_was_cut_is_never_taken_for_a_shorter_one(blobs, tmp_path) ->
     file.write_bytes(whole[: cuts[2]] + b"damaged!" + whole[cuts[2] + 8 :])
     with pytest.raises(UNREADABLE, match="cut off or damaged"):
         list(read_shard(shard))
+
+
+def names_in(file: Path) -> list[str]:
+    shard = plan([str(file)], 10, None)[0][0]
+    return [record.path.partition("#")[2] for records, _ in read_shard(shard) for record in records]
+
+
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
+def test_archives_that_were_joined_are_read_to_their_end(blobs, tmp_path, suffix) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    write_tar(first, blobs[:3])
+    write_tar(second, blobs[3:5], first=3)
+    pack = gzip.compress if suffix == "tar.gz" else bytes
+    joined = tmp_path / f"joined.{suffix}"
+    joined.write_bytes(pack(first.read_bytes()) + pack(second.read_bytes()))
+    assert names_in(joined) == [f"s/{n:03}.png" for n in range(5)]
+    joined.write_bytes(joined.read_bytes() + b"something else" * 100)
+    with pytest.raises(UNREADABLE):
+        names_in(joined)
+    joined.write_bytes(pack(first.read_bytes()) + pack(second.read_bytes())[:-12000])
+    with pytest.raises(UNREADABLE):
+        names_in(joined)
+    joined.write_bytes(pack(first.read_bytes()) * 2)
+    with pytest.raises(UserError, match=r"s/000\.png twice"):
+        names_in(joined)
+
+
+def test_members_with_odd_names(blobs, tmp_path) -> None:
+    """A text called `key` stands beside the sample's key; what macOS keeps beside a file is no crop."""
+    file = tmp_path / "a.tar"
+    with tarfile.open(file, "w") as archive:
+        for name, content in (("a.png", blobs[0]), ("a.key", b"mine"), ("._a.png", b"\0\5\x16\7"), ("._a.key", b"x")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    [(records, metadata)] = list(read_shard(plan([str(file)], 10, None)[0][0]))
+    assert [record.path for record in records] == [f"{file}#a.png"]
+    assert metadata.to_pylist() == [{"key": "a", "input_key": "mine"}]
+
+
+def crops_of(*locations: object) -> list[tuple[str, int | None]]:
+    shards = plan([str(location) for location in locations], 4, None)[0]
+    return [(path, page) for shard in shards for path, page, _ in shard.items]
+
+
+def test_each_crop_is_in_one_shard(blobs, tmp_path) -> None:
+    """By whatever paths it is named: the first one counts."""
+    folder, table = tmp_path / "crops", tmp_path / "table.csv"
+    write_folder(folder, blobs[:5])
+    write_folder(folder / "sub", blobs[:5])
+    write_tar(folder / "a.tar", blobs[:2])
+    (tmp_path / "link").symlink_to(folder / "sub")
+    wanted = crops_of(folder)
+    assert len(set(wanted)) == len(wanted) == 10
+    assert crops_of(folder, folder / "sub", folder / "000.png", folder.as_uri(), tmp_path / "link") == wanted
+    assert sorted(crops_of(folder / "sub", folder)) == sorted(wanted)
+    assert [shard.kind for shard in plan([str(folder / "a.tar"), str(folder)], 99, None)[0]].count("tar") == 1
+    table.write_text("path,page,x\ncrops/000.png,,1\ncrops/000.png,,1\ncrops/sub/000.png,,2\n")
+    assert crops_of(table, table) == [(f"{folder}/000.png", None), (f"{folder}/sub/000.png", None)]
+    assert sorted(crops_of(table, folder)) == sorted(wanted)  # the table keeps its columns
+    with pytest.raises(UserError, match="named in another way"):
+        crops_of(folder, table)
+    for row, message in (("crops/000.png,,9", "two different rows"), ("crops/000.png,0,1", "named in another way")):
+        table.write_text(f"path,page,x\ncrops/000.png,,1\n{row}\n")
+        with pytest.raises(UserError, match=message):
+            crops_of(table)
+    table.write_text("path,page,x\ncrops/000.png,0,1\n")
+    with pytest.raises(UserError, match="by page"):
+        crops_of(table, folder)
+
+
+def test_a_table_whose_crops_were_changed_is_another(blobs, tmp_path) -> None:
+    write_folder(tmp_path / "crops", blobs[:2])
+    table = tmp_path / "table.csv"
+    table.write_text("path\ncrops/000.png\ncrops/001.png\n")
+    before = plan([str(table)], 1, None)[0]
+    os.utime(table, ns=(0, 0))  # the same table
+    os.utime(tmp_path / "crops/001.png", ns=(0, 0))
+    after = plan([str(table)], 1, None)[0]
+    assert [one.name == other.name for one, other in zip(before, after, strict=True)] == [True, False]
 
 
 def test_shards_keep_their_names_and_miss_no_row(blobs, tmp_path) -> None:

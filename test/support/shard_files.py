@@ -23,9 +23,10 @@ def encode(rng: np.random.Generator) -> bytes:
     return stream.getvalue()
 
 
-def write_tar(file: Path, blobs: list[bytes]) -> Path:
+def write_tar(file: Path, blobs: list[bytes], first: int = 0) -> Path:
+    """Samples numbered from `first` on, each an image and a text."""
     with tarfile.open(file, "w") as archive:
-        for n, blob in enumerate(blobs):
+        for n, blob in enumerate(blobs, first):
             for name, content in ((f"s/{n:03}.png", blob), (f"s/{n:03}.json", json.dumps({"x": n}).encode())):
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
@@ -41,7 +42,7 @@ def write_parquet(file: Path, blobs: list[bytes], rows: int = 10) -> Path:
 
 
 def write_folder(folder: Path, blobs: list[bytes]) -> Path:
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for n, blob in enumerate(blobs):
         (folder / f"{n:03}.png").write_bytes(blob)
     return folder

@@ -19,6 +19,7 @@ import numpy as np
 
 from inference import __main__ as command
 from inference.contract import OUTPUT, SLUG, check_answers
+from inference.manifest import load_manifest
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 LISTING = [{"interface": {"slug": SLUG}, "image": {"name": "stack_0.tiff"}}]
@@ -67,6 +68,10 @@ class StubEnsemble:
         self.members = [
             mock.Mock(about=about, precision="fp32", seconds=0.0, weights_seconds=0.0) for about in manifest.members
         ]
+
+    @classmethod
+    def load(cls, folder: Path, device: str, precision: str) -> StubEnsemble:
+        return cls(load_manifest(folder), device, precision)
 
     def device_bytes(self) -> int:
         return 0

@@ -1,0 +1,54 @@
+"""What a history of runs is made of: an ensemble that is killed on demand, and files that are hard to tell apart."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from PIL import Image
+
+import inference.ensemble as module
+from test.support.stub import StubEnsemble
+
+
+class Killed(BaseException):
+    """Ends a run as a kill would: nothing catches it."""
+
+
+class Stub(StubEnsemble):
+    """Another answer in another precision and by another ensemble; it is killed when `left` batches are predicted."""
+
+    left = -1
+
+    def __init__(self, manifest: Any, device: str, precision: str, **more: Any) -> None:
+        super().__init__(manifest, device, precision, **more)
+        self.precision = precision
+        self.shift = 0.1 * (precision == "bf16") + 0.2 * manifest.threshold
+
+    def predict(self, crops: list[np.ndarray]) -> Any:
+        if Stub.left == 0:
+            raise Killed
+        Stub.left -= 1
+        found = super().predict(crops)
+        for values in (found.p_atypical, found.member_p, found.fold_p):
+            values *= 0.5
+            values += self.shift
+        return found
+
+
+@contextlib.contextmanager
+def stubbed() -> Iterator[None]:
+    with mock.patch.object(module, "Ensemble", Stub):
+        yield
+
+
+def image(level: int, pages: int) -> bytes:
+    """All files of a number of pages have one size: uncompressed, and a page more or less goes by its level."""
+    images = [Image.fromarray(np.full((2, 2, 3), level + 3 * page, np.uint8)) for page in range(pages)]
+    stream = io.BytesIO()
+    images[0].save(stream, "TIFF", save_all=True, append_images=images[1:])
+    return stream.getvalue()
