@@ -149,7 +149,8 @@ def write_ensemble(
     entries = []
     for place, member in enumerate(choice.members):
         one = found[member]
-        folds = write_folds(folder, one.folds, one.entry["backbone"], *calibration.heads[place], f"{one.name}-")
+        temperature, shift = calibration.heads[place]
+        folds = write_folds(folder, one.folds, one.entry["backbone"], shift, temperature, f"{one.name}-")
         entries.append({"name": one.name, **one.entry, "folds": folds, "tta": choice.tta[place],
                         "precision": UNMEASURED})  # fmt: skip
         if not (folder / one.base.name).exists():

@@ -14,7 +14,7 @@ from inference.averaging import average
 from inference.ensemble import Ensemble
 from inference.errors import UserError
 from inference.manifest import load_manifest
-from inference.metrics import roc_auc
+from inference.metrics import balanced_accuracy, best_threshold, roc_auc
 from test.support.miniature import make_ensemble, random_base, random_fold
 from test.support.tables import tiny_table
 from training import combine as command
@@ -118,30 +118,31 @@ def test_heads_carry_the_calibration(combined: Path, place: Path) -> None:
     assert slope > 0 and np.abs(slope * before + offset - shipped).max() < 1e-3 * max(1, np.abs(shipped).max())
 
 
-def test_temperature_and_threshold_are_of_the_mean(place: Path) -> None:
-    found, table = read_candidates([place / "lite", place / "uni"], [], place / "cache", place / "bases")
-    joint = Joint([one.logits for one in found], table.labels, table.groups, table.folds)
-    choice = Choice((0, 1), ("d4", "none"), "probability", (0.25, 0.75))
-    fitted = joint.calibrate(choice)
-    members = [(one.logits[None, :views] + shift) / temperature
-               for one, views, (temperature, shift) in zip(found, (8, 1), fitted.heads, strict=True)]  # fmt: skip
-
-    def loss(temperature: float, shift: float = 0.0) -> float:
-        p = average([z + shift for z in members], "probability", temperature, choice.shares)
-        return -float(np.mean(table.labels * np.log(p) + (1 - table.labels) * np.log(1 - p)))
-
-    best = loss(fitted.temperature)
-    others = [(fitted.temperature * factor, shift) for factor in (0.8, 1, 1.25) for shift in (-0.1, 0, 0.1)]
-    assert all(best <= loss(*other) + 1e-6 for other in others)
-    assert 0 < fitted.threshold < 1
-
-
 def simulated(strengths: list[float], crops: int = 1200, views: float = 0.3, seed: int = 0) -> Joint:
     """Members whose logits know the labels as well as `strengths` say, with noise of their own, in three folds."""
     g = np.random.default_rng(seed)
     labels, groups = (g.random(crops) < 0.3).astype(int), np.arange(crops) // 4
     logits = [s * (2 * labels - 1) + g.normal(size=crops) + g.normal(scale=views, size=(8, crops)) for s in strengths]
     return Joint(logits, labels, groups, groups % 3)
+
+
+def test_temperature_and_threshold_are_of_the_mean() -> None:
+    joint = simulated([1.0, 0.7])
+    labels, choice = joint.labels, Choice((0, 1), ("d4", "none"), "probability", (0.25, 0.75))
+    fitted = joint.calibrate(choice)
+    members = [(z[None, :views] + shift) / temperature
+               for z, views, (temperature, shift) in zip(joint.logits, (8, 1), fitted.heads, strict=True)]  # fmt: skip
+
+    def loss(temperature: float, shift: float = 0.0) -> float:
+        p = average([z + shift for z in members], "probability", temperature, choice.shares)
+        return -float(np.mean(labels * np.log(p) + (1 - labels) * np.log(1 - p)))
+
+    best = loss(fitted.temperature)
+    others = [(fitted.temperature * factor, shift) for factor in (0.8, 1, 1.25) for shift in (-0.1, 0, 0.1)]
+    assert all(best <= loss(*other) + 1e-6 for other in others)
+    p = average(members, "probability", fitted.temperature, choice.shares)
+    assert balanced_accuracy(labels, p >= fitted.threshold) > best_threshold(labels, p)[1] - 0.01
+    assert fitted.aucs == [roc_auc(labels, average([z], "probability", fitted.temperature)) for z in members]
 
 
 def test_a_member_that_helps_stays_and_one_of_noise_goes() -> None:
