@@ -29,8 +29,8 @@ from inference.metrics import roc_auc
 from .calibrate import read_out_of_fold
 from .data import Crop, load_data, table_hash
 from .feed import load_crops
+from .fit import find_base, read_recipe
 from .members import describe_member, fold_folders
-from .recipe import Recipe
 from .splits import split
 
 AUC_TOLERANCE = 0.005  # between the AUC in an ensemble's provenance and the one that is computed again
@@ -94,7 +94,7 @@ def read_table(place: Path, crops: list[Crop] | None) -> Table:
     """The crops and folds of a run, or of an ensemble on `crops`; the crops' files are those of `crops` if given."""
     if not holds_ensemble(place):
         known, folds = read_split_table(place)
-        settings, data = read_run_file(place, "recipe.json"), read_run_file(place, "data.json")
+        settings, data = dataclasses.asdict(read_recipe(place)), read_data(place)
         if crops is None:
             crops = known
         elif table_hash(crops) != data["sha256"]:
@@ -108,11 +108,12 @@ def read_table(place: Path, crops: list[Crop] | None) -> Table:
     return Table(crops, folds, table_hash(crops), chosen, place)
 
 
-def read_run_file(run: Path, name: str) -> dict[str, Any]:
+def read_data(run: Path) -> dict[str, Any]:
+    """What a run's data.json says. UserError where it is missing."""
     try:
-        return dict(read_json(run / name, "fit the run again"))
+        return dict(read_json(run / "data.json", "fit the run again"))
     except FileNotFoundError:
-        raise UserError(f"{run} has no {name}; expected a run folder; make one with 'training fit'") from None
+        raise UserError(f"{run} has no data.json; expected a run folder; make one with 'training fit'") from None
 
 
 def read_split_table(run: Path) -> tuple[list[Crop], np.ndarray]:
@@ -152,17 +153,14 @@ def check_same(place: Path, table: Table, sha256: str, folds: np.ndarray, settin
 
 def read_run(run: Path, table: Table, bases: Path) -> Candidate:
     """The member that a finished run makes."""
-    settings, data = read_run_file(run, "recipe.json"), read_run_file(run, "data.json")
+    recipe, data = read_recipe(run), read_data(run)
+    settings = dataclasses.asdict(recipe)
     oof = read_out_of_fold(run)
     check_same(run, table, data["sha256"], oof.folds, settings)
-    shape = {name: settings[name] for name in ("backbone", "crop", "size", "kernel", "pool")}
-    base = bases / f"{shape['backbone']}.safetensors"
-    if not base.is_file():
-        raise UserError(f"no {base}; expected the base weights; run 'python -m training base {shape['backbone']}'")
-    print(f"{run}: {shape['backbone']}, {len(oof.labels):,} out-of-fold logits", flush=True)
-    entry = describe_member(Recipe(**shape), base)
-    folds = tuple(fold_folders(run))
-    return Candidate(shape["backbone"], run, settings, data, entry, base, folds, oof.logits)
+    base = find_base(recipe, bases / f"{recipe.backbone}.safetensors")
+    print(f"{run}: {recipe.backbone}, {len(oof.labels):,} out-of-fold logits", flush=True)
+    entry, folds = describe_member(recipe, base), tuple(fold_folders(run))
+    return Candidate(recipe.backbone, run, settings, data, entry, base, folds, oof.logits)
 
 
 def read_ensemble(place: Path, table: Table, cache: Path) -> list[Candidate]:

@@ -150,7 +150,8 @@ def write_ensemble(
     for place, member in enumerate(choice.members):
         one = found[member]
         temperature, shift = calibration.heads[place]
-        folds = write_folds(folder, one.folds, one.entry["backbone"], shift, temperature, f"{one.name}-")
+        sources = {f"{one.name}-fold{number}": fold for number, fold in enumerate(one.folds)}
+        folds = write_folds(folder, sources, one.entry["backbone"], shift, temperature)
         entries.append({"name": one.name, **one.entry, "folds": folds, "tta": choice.tta[place],
                         "precision": UNMEASURED})  # fmt: skip
         if not (folder / one.base.name).exists():

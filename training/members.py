@@ -49,21 +49,21 @@ def fold_folders(run: Path) -> list[Path]:
 
 
 def write_folds(
-    folder: Path, sources: Sequence[Path], backbone: str, shift: float, temperature: float = 1.0, prefix: str = ""
+    folder: Path, sources: dict[str, Path], backbone: str, shift: float, temperature: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Copy folds into an ensemble folder as PREFIXfold0, ... with (logit + shift) / temperature in their heads.
+    """Copy folds, by the names of their new folders, with heads that give (logit + shift) / temperature.
 
     Returns what the manifest says of them.
     """
     entries = []
-    for number, source in enumerate(sources):
-        target = folder / f"{prefix}fold{number}"
+    for name, source in sources.items():
+        target = folder / name
         target.mkdir(exist_ok=True)
-        for name in FILES:
-            shutil.copyfile(source / name, target / name)
+        for file in FILES:
+            shutil.copyfile(source / file, target / file)
         adjust_head(target / FILES[1], shift, temperature)
         clean_config(target / FILES[0], lookup(backbone).source)
-        entries.append({"folder": target.name, "sha256": {name: sha256(target / name) for name in FILES}})
+        entries.append({"folder": name, "sha256": {file: sha256(target / file) for file in FILES}})
     return entries
 
 
