@@ -100,8 +100,8 @@ def make_members(folder: Path, members: dict[str, dict[str, Any]], **manifest: A
     entries, models = [], []
     for number, (name, options) in enumerate(members.items()):
         base = f"{options['backbone']}.safetensors"
-        options = {"base": base, "prefix": f"{name}-", "seed": 1 + 100 * number} | options
-        content, made = make_member(folder, **options)
+        chosen: dict[str, Any] = {"base": base, "prefix": f"{name}-", "seed": 1 + 100 * number} | options
+        content, made = make_member(folder, **chosen)
         entries.append({"name": name} | content)
         models.append(made)
     weights = [1 / len(entries)] * len(entries)
