@@ -136,7 +136,7 @@ def in_order(
         left.remove(best)
         choice, refined = refine(joint, best)
         views = ", ".join(
-            f"{names[m]} with {TTA_VIEWS[tta]} views" for m, tta in zip(best.members, best.tta, strict=True)
+            f"{names[m]} with {TTA_VIEWS[tta]} of 8 views" for m, tta in zip(best.members, best.tta, strict=True)
         )
         yield choice, [Step(f"{views}, for at most {budget:g} seconds", joint.auc(best), highest, True), *refined]
 

@@ -63,7 +63,7 @@ def simplify(joint: Joint, start: Choice, names: Sequence[str]) -> tuple[Choice,
             views = (*choice.tta[:place], tta, *choice.tta[place + 1 :])
             fewer = dataclasses.replace(choice, tta=views)
             taken = joint.auc(fewer) > joint.auc(choice) - MINIMAL_GAIN
-            what = f"{names[member]} with {TTA_VIEWS[tta]} views for {TTA_VIEWS[choice.tta[place]]}"
+            what = f"{names[member]} with {TTA_VIEWS[tta]} of {TTA_VIEWS[choice.tta[place]]} views"
             steps.append(Step(what, joint.auc(fewer), joint.auc(choice), taken))
             if taken:
                 choice = fewer
