@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,6 +74,35 @@ def make(backbone: str, cache: Path) -> Path:
         "licence": {"base": "random weights"}, "provenance": {"made by": "benchmarks"},
     }  # fmt: skip
     (folder / "ensemble.json").write_text(json.dumps(manifest, indent=1))
+    return folder
+
+
+def make_mixed(backbones: Sequence[str], cache: Path) -> Path:
+    """An ensemble folder under `cache` whose members are the random ensembles of `make`, in links to their files."""
+    folder = cache / "+".join(backbones)
+    if (folder / "ensemble.json").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = ("averaging", "temperature", "threshold", "provenance")
+    members: list[dict[str, Any]] = []
+    content: dict[str, Any] = {}
+    for backbone in backbones:
+        source = make(backbone, cache)
+        content = json.loads((source / "ensemble.json").read_text())
+        name = f"{backbone}.safetensors"
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to((source / "base.safetensors").resolve())
+        folds = []
+        for fold in content["folds"]:
+            link = folder / f"{backbone}-{fold['folder']}"
+            link.unlink(missing_ok=True)
+            link.symlink_to((source / fold["folder"]).resolve())
+            folds.append(fold | {"folder": link.name})
+        kept = {key: value for key, value in content.items() if key not in (*whole, "format", "name")}
+        members.append({"name": backbone} | kept | {"folds": folds, "base": content["base"] | {"file": name}})
+    mixed = {"format": 2, "name": f"random-{folder.name}"[:100], "members": members}
+    mixed |= {"weights": [1 / len(members)] * len(members)} | {key: content[key] for key in whole}
+    (folder / "ensemble.json").write_text(json.dumps(mixed, indent=1))
     return folder
 
 

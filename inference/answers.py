@@ -50,7 +50,7 @@ def fold_columns(manifest: Manifest) -> list[str]:
 
 def member_columns(manifest: Manifest) -> list[str]:
     """The names of the columns with P(atypical) of each member; none where there is only one."""
-    return [member.name for member in manifest.members] if len(manifest.members) > 1 else []
+    return [f"{member.name}_p" for member in manifest.members] if len(manifest.members) > 1 else []
 
 
 def columns(manifest: Manifest) -> list[str]:

@@ -86,17 +86,22 @@ class Member:
     def weights(self) -> Weights:
         if self._weights is None:
             start = time.perf_counter()
-            shared = self._shared.setdefault((self.about.base, self.precision), {})
+            shared = self._shared.setdefault(self.base, {})
             folds = list(self.about.folds)
             self._weights = Weights(self.about.base, folds, self.device, DTYPES[self.precision], shared)
             self.weights_seconds += time.perf_counter() - start
         return self._weights
 
-    def free(self, share_base: bool) -> None:
+    @property
+    def base(self) -> tuple[Path, str]:
+        """Which tensors it shares: members with the same base, in the same precision, have them once."""
+        return self.about.base, self.precision
+
+    def free(self, later: Sequence[Member]) -> None:
         """Drop the folds' weights, and the base's unless a later member will take them."""
         self._weights = None
-        if not share_base:
-            self._shared.pop((self.about.base, self.precision), None)
+        if all(self.base != member.base for member in later):
+            self._shared.pop(self.base, None)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -220,5 +225,5 @@ class Ensemble:
                 self.checks[number].result()
             found.append(member.predict(crops, tta or member.about.tta))
             if not self.keep:
-                member.free(any(later.about.base == member.about.base for later in self.members[number + 1 :]))
+                member.free(self.members[number + 1 :])
         return combine(found, self.manifest, sum(member.recomputed for member in self.members) - before)

@@ -161,7 +161,7 @@ def _members(folder: Path, file: Path, content: dict[str, Any]) -> tuple[Member,
         where = f"members[{number}]"
         _check(file, where, entry, dict, None)
         _check(file, f"{where}.name", entry.get("name"), str, _is_plain_name)
-        members.append(_member(folder, file, entry, float(weight), f"{where}."))
+        members.append(_member(folder, file, entry, weight / sum(weights), f"{where}."))
     if len({member.name for member in members}) < len(members):
         raise UserError(f"{file}: two members have one name; expected one of its own for each; combine again")
     folders = [fold for member in members for fold in member.folds]

@@ -18,6 +18,7 @@ COMMANDS = {
     "calibrate": Command("training.calibrate", "choose TTA, averaging, temperature and threshold, out of fold"),
     "export": Command("training.export", "write an ensemble folder that inference opens"),
     "verify": Command("training.verify", "compare an ensemble with timm and PEFT, fold by fold"),
+    "combine": Command("training.combine", "make one ensemble of the members of several runs and ensembles"),
     "report": Command("training.report", "write the report of a run"),
     "sweep": Command("training.sweep", "fit ranks x splits x backbones and write one table"),
 }

@@ -19,6 +19,7 @@ import numpy as np
 from ..answers import Answer
 from ..errors import UserError
 from ..files import write_whole
+from ..manifest import TTA_VIEWS
 
 if TYPE_CHECKING:
     from ..manifest import Manifest, Member
@@ -87,6 +88,10 @@ def write_report(
         "page": [row.page for row in rows],
         "p": [row.p_atypical for row in rows],
         "folds": [list(row.fold_p) for row in rows],
+        "members": [{"name": member.name, "folds": len(member.folds)} for member in manifest.members]
+        if manifest and len(manifest.members) > 1
+        else [],
+        "member": [list(row.member_p) for row in rows],
         "label": [row.label for row in rows],
         "domain": [domains.index(row.domain) if row.domain else -1 for row in rows],
         "size": [(one.width, one.height) for one in pictures],
@@ -99,9 +104,7 @@ def write_report(
         "STYLE": read("page.css") + read("report.css"),
         "CARD": card(manifest, threshold, settings or {}),
         "NAME": escape(manifest.name if manifest else "not known"),
-        "SUMMARY": escape(
-            "; ".join(f"{m.backbone}, {len(m.folds)} folds" for m in manifest.members) if manifest else ""
-        ),
+        "SUMMARY": escape(summary(manifest) if manifest else ""),
         "OVERVIEW": overview,
         "FIGURES": as_script(figures),
         "IMAGES": as_script(images),
@@ -139,7 +142,7 @@ def card(manifest: Manifest | None, threshold: float, settings: dict[str, str]) 
     if manifest:
         lines = [("Ensemble", manifest.name)]
         for member in manifest.members:
-            lines += describe_member(member, len(manifest.members) > 1)
+            lines += describe_member(member) if len(manifest.members) == 1 else [in_one_line(member)]
         lines.append(("Averaging", f"mean {manifest.averaging}, temperature {manifest.temperature:g}"))
     lines.append(("Threshold", f"{threshold:g}: atypical from there on"))
     lines += describe_out_of_fold(manifest.provenance.get("out_of_fold")) if manifest else []
@@ -160,15 +163,26 @@ def widest_crop(manifest: Manifest) -> int | None:
     return max(crops) if all(crops) else None
 
 
-def describe_member(member: Member, several: bool) -> list[tuple[str, str]]:
-    views = {"none": "1", "rot4": "4 (rotations)", "d4": "8 (rotations and mirror images)"}[member.tta]
+VIEWS = {"none": "1", "rot4": "4 (rotations)", "d4": "8 (rotations and mirror images)"}
+
+
+def describe_member(member: Member) -> list[tuple[str, str]]:
+    """The only member, as lines of the card."""
     return [
-        *([("Member", f"{member.name}, weight {member.weight:g}")] if several else []),
         ("Backbone", f"{member.backbone}, {member.pool} pooling"),
         ("Folds", str(len(member.folds))),
         ("Input", describe_input(member.preprocess)),
-        ("Views", views),
+        ("Views", VIEWS[member.tta]),
     ]
+
+
+def in_one_line(member: Member) -> tuple[str, str]:
+    """One of several members, as a line of the card."""
+    backbone = f"{member.backbone}, {member.pool} pooling"
+    folds = f"{len(member.folds)} folds" if len(member.folds) > 1 else "1 fold"
+    views = f"{TTA_VIEWS[member.tta]} views" if TTA_VIEWS[member.tta] > 1 else "1 view"
+    about = f"weight {member.weight:.3g}; {backbone}; {describe_input(member.preprocess)}; {folds}, {views}"
+    return f"Member {member.name}", about
 
 
 def describe_input(preprocess: dict[str, Any]) -> str:

@@ -3,11 +3,18 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const images = JSON.parse(document.getElementById("images").textContent);
-const { p, label, folds, path, page, domain, domains } = data;
+const { p, label, folds, member, members, path, page, domain, domains } = data;
 const everything = Array.from(p.keys());
 const labelled = label.some((value) => value !== null);
 const severalPages = page.some((value) => value > 0);
-const spread = folds.map((values) => (values.length ? Math.max(...values) - Math.min(...values) : 0));
+const spreadOf = (values) => (values.length ? Math.max(...values) - Math.min(...values) : 0);
+const [spread, memberSpread] = [folds.map(spreadOf), member.map(spreadOf)];
+const severalMembers = members.length > 1 && member.every((values) => values.length === members.length);
+/** The folds of member m among all of crop i. */
+const foldsOf = (i, m) => {
+  const first = members.slice(0, m).reduce((sum, { folds: count }) => sum + count, 0);
+  return folds[i].slice(first, first + members[m].folds);
+};
 const curve = labelled ? rocOf(everything, p, label) : null;
 const byDomain = domains.map((name, index) => {
   const members = everything.filter((i) => domain[i] === index);
@@ -20,7 +27,9 @@ const state = { threshold: data.threshold, order: [], active: 0, printing: false
 // ---- which crops, in which order ----
 
 const called = (i) => Number(p[i] >= state.threshold);
-const disagree = (i) => folds[i].some((value) => value >= state.threshold) && folds[i].some((value) => value < state.threshold);
+const divided = (values) => values.some((value) => value >= state.threshold) && values.some((value) => value < state.threshold);
+const disagree = (i) => divided(folds[i]);
+const membersDisagree = (i) => divided(member[i]);
 const outcome = (i) => (label[i] === null ? "" : ["tn", "fp", "fn", "tp"][2 * label[i] + called(i)]);
 const words = { fn: "missed", fp: "false alarm", tp: "found", tn: "right" };
 /** How far on the wrong side of the threshold a crop lies, in (-inf, 1]; positive for mistakes; unlabelled ones last. */
@@ -36,6 +45,7 @@ const SHOW = {
   atypical: ["called atypical", (i) => called(i)],
   normal: ["called normal", (i) => !called(i)],
   disagree: ["folds disagree", disagree],
+  members: ["members disagree", membersDisagree],
   maps: ["with a map", (i) => data.maps[i]],
   mistakes: ["mistakes", (i) => ["fn", "fp"].includes(outcome(i))],
   fn: ["missed", (i) => outcome(i) === "fn"],
@@ -58,6 +68,7 @@ const SORT = { // name, key; small keys first
   low: ["most normal", (i) => p[i]],
   doubt: ["near the threshold", (i) => Math.abs(p[i] - state.threshold)],
   spread: ["spread of the folds", (i) => -spread[i]],
+  apart: ["spread of the members", (i) => -memberSpread[i]],
   centre: ["looks away from the centre", (i) => (data.maps[i] ? data.maps[i].centre : 2)],
   name: ["name", (i) => rankByName()[i]],
   input: ["order of the input", (i) => i],
@@ -154,16 +165,25 @@ function judge(button, i) {
   button.classList.toggle("wrong", wrong);
   button.querySelector(".verdict").textContent = CLASSES[called(i)];
   button.querySelector(".badge").textContent = wrong ? words[result] : "";
-  const range = folds[i].length > 1 ? `folds ${fixed(Math.min(...folds[i]))} to ${fixed(Math.max(...folds[i]))}` : "";
+  const extent = folds[i].length > 1 ? `folds ${fixed(Math.min(...folds[i]))} to ${fixed(Math.max(...folds[i]))}` : "";
+  const each = severalMembers ? members.map(({ name }, m) => `${name} ${fixed(member[i][m])}`).join(", ") : "";
   const truth = result ? `labelled ${CLASSES[label[i]]}` : "";
-  button.querySelector(".more").textContent = [range, truth].filter(Boolean).join(", ");
+  button.querySelector(".more").textContent = [extent, each, truth].filter(Boolean).join(", ");
 }
 
-/** From 0 to 1: a bar from the lowest to the highest fold, a dot for the ensemble, a tick for the threshold. */
+/** From 0 to 1: a bar from the lowest to the highest fold, a dot for the ensemble, a tick for the threshold, and a
+    stroke for each of several members. */
 function track(i) {
-  const low = Math.min(p[i], ...folds[i]);
-  const bar = el("i", { class: "range", style: `left:${100 * low}%;width:${100 * spread[i]}%` });
-  return el("span", { class: "track" }, bar, el("i", { class: "dot", style: `left:${100 * p[i]}%` }));
+  const strokes = severalMembers ? member[i].map((value, m) => el("i", { class: `member m${m}`, style: `left:${100 * value}%` })) : [];
+  return el("span", { class: "track" }, range(folds[i]), ...strokes, el("i", { class: "dot", style: `left:${100 * p[i]}%` }));
+}
+
+const range = (values) => (values.length ? el("i", { class: "range", style: `left:${100 * Math.min(...values)}%;width:${100 * spreadOf(values)}%` }) : null);
+
+/** One member's own track: its folds as small dots, its answer as its stroke. */
+function memberTrack(i, m) {
+  const dots = foldsOf(i, m).map((value, n) => el("i", { class: "fold-dot", style: `left:${100 * value}%`, title: `Fold ${n}: ${fixed(value)}` }));
+  return el("span", { class: `track m${m}` }, range(foldsOf(i, m)), ...dots, el("i", { class: `member m${m}`, style: `left:${100 * member[i][m]}%` }));
 }
 
 /** Where a crop's picture lies in its square box, and the networks' part of it, each as left, top, width, height in %. */
@@ -228,6 +248,10 @@ function recount() {
   const figures = [["Crops", number(count.n), severalPages ? `of ${number(new Set(path).size)} files` : ""],
     ["Called atypical", number(count.called), percent(count.called, count.n)]];
   if (folds[0].length > 1) figures.push(["Folds disagree", number(doubtful), percent(doubtful, count.n)]);
+  if (severalMembers) {
+    const torn = everything.filter(membersDisagree).length;
+    figures.push(["Members disagree", number(torn), percent(torn, count.n)]);
+  }
   if (labelled) {
     figures.push(["Balanced accuracy", fixed(rate.balanced), curve ? `AUC ${fixed(curve.auc)}` : "one class only"],
       ["Sensitivity", fixed(rate.sensitivity), `${number(count.tp)} of ${number(count.tp + count.fn)} atypical`],
@@ -273,14 +297,21 @@ function openDetail(position) {
   const verdict = el("p", { class: `verdict-large ${CLASSES[called(i)]}` }, CLASSES[called(i)], el("small", {}, `P(atypical) ${p[i].toPrecision(4)}`));
   const facts = [["Threshold", fixed(state.threshold)]];
   if (result) facts.push(["Label", `${CLASSES[label[i]]}: ${words[result]}`]);
-  folds[i].forEach((value, n) => facts.push([`Fold ${n}`, `${fixed(value)}, ${CLASSES[Number(value >= state.threshold)]}`]));
-  if (folds[i].length > 1) facts.push(["Spread", fixed(spread[i])]);
+  const answer = (value) => `${fixed(value)}, ${CLASSES[Number(value >= state.threshold)]}`;
+  if (severalMembers) members.forEach(({ name }, m) => {
+    const title = el("span", { class: `member-name m${m}` }, name);
+    const about = el("span", { class: "muted small" }, `folds ${foldsOf(i, m).map(fixed).join(", ")}`);
+    facts.push([title, el("div", { class: "member-facts" }, el("span", {}, answer(member[i][m])), memberTrack(i, m), about)]);
+  });
+  else folds[i].forEach((value, n) => facts.push([`Fold ${n}`, answer(value)]));
+  if (severalMembers) facts.push(["Spread", `${fixed(memberSpread[i])} of the members, ${fixed(spread[i])} of the folds`]);
+  else if (folds[i].length > 1) facts.push(["Spread", fixed(spread[i])]);
   if (data.maps[i]) facts.push(["Centre's share", `${percent(data.maps[i].centre, 1)} of what moves the answer (its area: ${percent(data.maps[i].area, 1)})`]);
   if (domain[i] >= 0) facts.push(["Domain", domains[domain[i]]]);
   facts.push(["File", path[i]]);
-  if (severalPages) facts.push(["Page", page[i]]);
+  if (severalPages) facts.push(["Page", String(page[i])]);
   facts.push(["Size", data.size[i].join(" × ") + " pixels"]);
-  const rows = facts.map(([name, value]) => el("tr", {}, el("th", { scope: "row" }, name), el("td", {}, String(value))));
+  const rows = facts.map(([name, value]) => el("tr", {}, el("th", { scope: "row" }, name), el("td", {}, value)));
   $("detail-facts").replaceChildren(verdict, track(i), el("table", { class: "facts" }, el("tbody", {}, ...rows)));
   if (!detail.open) detail.showModal();
 }
@@ -323,9 +354,9 @@ addEventListener("afterprint", () => forPaper(false));
 function start() {
   const several = folds[0].length > 1;
   const offered = {
-    show: Object.keys(SHOW).slice(0, labelled ? 10 : 5)
-      .filter((key) => (several || key !== "disagree") && (key !== "maps" || (data.maps.some(Boolean) && !data.maps.every(Boolean)))),
-    sort: Object.keys(SORT).filter((key) => (labelled || key !== "error") && (several || key !== "spread") && (data.maps.length || key !== "centre")),
+    show: Object.keys(SHOW).slice(0, labelled ? 11 : 6)
+      .filter((key) => (several || key !== "disagree") && (severalMembers || key !== "members") && (key !== "maps" || (data.maps.some(Boolean) && !data.maps.every(Boolean)))),
+    sort: Object.keys(SORT).filter((key) => (labelled || key !== "error") && (several || key !== "spread") && (severalMembers || key !== "apart") && (data.maps.length || key !== "centre")),
   };
   for (const [id, table] of [["show", SHOW], ["sort", SORT]]) {
     $(id).append(...offered[id].map((key) => el("option", { value: key }, table[key][0])));
@@ -345,6 +376,7 @@ function start() {
   $("threshold-number").addEventListener("input", () => $("threshold-number").value !== "" && setThreshold(Number($("threshold-number").value)));
   $("reset").addEventListener("click", () => setThreshold(data.threshold));
   $("legend").append(el("p", {}, "Bar: lowest to highest fold. Dot: the ensemble. Tick: the threshold. Frame: vermilion where the answer is atypical, green where it is normal."),
+    severalMembers ? el("p", {}, "Strokes: the members, ", ...members.flatMap(({ name }, m) => [m ? ", " : "", el("span", { class: `member-name m${m}` }, name)]), ".") : "",
     labelled ? el("p", {}, "A crop answered against its label is marked missed (atypical, called normal) or false alarm (normal, called atypical).") : "",
     data.maps.some(Boolean) ? el("p", {}, "Where it looks: hiding a vermilion place makes the crop look less atypical, hiding a green place more.") : "");
   let drawn = 0;

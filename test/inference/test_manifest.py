@@ -38,9 +38,39 @@ def test_loads_with_paths_and_hashes(tmp_path: Path) -> None:
     wait(manifest)
 
 
+def stub_members(folder: Path) -> dict[str, Any]:
+    """The manifest of `stub_manifest` in format 2: two members, of one fold each, with one base."""
+    content = stub_manifest(folder, folds=2)
+    whole = {key: content.pop(key) for key in ("name", "averaging", "temperature", "threshold", "provenance")}
+    folds = content.pop("folds")
+    members = [{"name": name, "folds": [fold]} | content for name, fold in zip("ab", folds, strict=True)]
+    for member in members:
+        del member["format"]
+    content = json.loads(json.dumps({"format": 2, "members": members, "weights": [0.25, 0.75]} | whole))
+    rewrite(folder, content)
+    return content
+
+
+def test_loads_members_with_their_weights(tmp_path: Path) -> None:
+    stub_members(tmp_path)
+    manifest = load_manifest(tmp_path)
+    assert [(member.name, member.weight) for member in manifest.members] == [("a", 0.25), ("b", 0.75)]
+    assert [member.folds for member in manifest.members] == [(tmp_path / "fold0",), (tmp_path / "fold1",)]
+    assert len(manifest.files) == 4 and len(manifest.bases) == 1
+    wait(manifest)
+    for file in (*manifest.files, *manifest.bases):
+        content = file.read_bytes()
+        file.write_bytes(b"altered")
+        with pytest.raises(UserError, match=f"{file.name} has SHA-256"):
+            check_ensemble(manifest)
+        with pytest.raises(UserError, match=f"{file.name} has SHA-256"):
+            wait(manifest)
+        file.write_bytes(content)
+
+
 def paths(content: Any, at: tuple = ()) -> list[tuple]:
     """The place of every entry that is checked, as keys from the top."""
-    if isinstance(content, dict) and at[:1] not in [("licence",), ("provenance",), ("precision",)]:
+    if isinstance(content, dict) and at[-1:] not in [("licence",), ("provenance",), ("precision",)]:
         return [path for key, value in content.items() for path in [(*at, key), *paths(value, (*at, key))]]
     return []
 
@@ -57,19 +87,25 @@ def replaced(content: Any, path: tuple, value: Any) -> Any:
     return copy
 
 
-def test_every_entry_is_needed_and_typed(tmp_path: Path) -> None:
-    content = stub_manifest(tmp_path)
-    places = [*paths(content), *(("folds", 0, *path) for path in paths(content["folds"][0]))]
+@pytest.mark.parametrize("several", [False, True])
+def test_every_entry_is_needed_and_typed(several: bool, tmp_path: Path) -> None:
+    content = stub_members(tmp_path) if several else stub_manifest(tmp_path)
+    places = [*paths(content)]
+    last = ("members", 1) if several else ()  # the place of a member: of the whole file, or the second of two
+    member = content["members"][1] if several else content
+    if several:
+        places += paths(member, last)
+    places += paths(member["folds"][0], (*last, "folds", 0))
     assert len(places) > 20
     for path in places:
         for value in (KeyError, None, [], {}, "", -1, True, math.nan, "../../etc/passwd", [[]], "\0", "\ud800"):
-            if (path[0] in ("licence", "provenance", "precision") and value == {}) or (
+            if (path[-1] in ("licence", "provenance", "precision") and value == {}) or (
                 path[-1] == "crop" and value is None
             ):
                 continue
             if path == ("name",) and value == "../../etc/passwd":  # a name is only printed
                 continue
-            if path == ("backbone",) and isinstance(value, str):  # the table of backbones judges it
+            if path[-1] == "backbone" and isinstance(value, str):  # the table of backbones judges it
                 continue
             if path == ("format",) and value is True:  # equal to 1
                 continue
@@ -98,6 +134,38 @@ def test_refuses(path: tuple, value: Any, tmp_path: Path) -> None:
         load_manifest(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("weights",), [0.5]), (("weights",), [1.0, 0.0]), (("weights",), [0.5, 0.6]), (("weights",), [1.5, -0.5]),
+        (("weights",), [True, 0.0]), (("weights",), {"a": 0.25, "b": 0.75}), (("weights",), [0.5, math.nan]),
+        (("members", 1, "name"), "a"), (("members", 1, "name"), "a b"), (("members", 1, "name"), "../b"),
+        (("members", 1, "folds", 0, "folder"), "fold0"), (("members", 1, "tta"), "d8"), (("members", 0), 1),
+        (("members", 1, "base", "sha256"), "0" * 64), (("members", 1, "preprocess", "size"), 0),
+        (("members", 1, "base", "file"), "missing.safetensors"), (("members",), []), (("members",), {}),
+    ],
+)  # fmt: skip
+def test_refuses_members(path: tuple, value: Any, tmp_path: Path) -> None:
+    content = stub_members(tmp_path)
+    rewrite(tmp_path, replaced(content, path, value))
+    with pytest.raises(UserError, match="expected") as caught:
+        load_manifest(tmp_path)
+    if path[:1] == ("members",) and len(path) > 3 and path[-1] not in ("folder", "sha256", "file"):
+        assert ".".join([f"members[{path[1]}]", *map(str, path[2:])]) in str(caught.value)
+
+
+def test_refuses_more_members_than_fit(tmp_path: Path) -> None:
+    content = stub_members(tmp_path)
+    member = content["members"][0]
+    folds = [{**member["folds"][0], "folder": f"fold{n}"} for n in range(9)]
+    members = [member | {"name": f"m{n}", "folds": [fold]} for n, fold in enumerate(folds)]
+    rewrite(tmp_path, content | {"members": members[:8], "weights": [1 / 8] * 8})
+    assert len(load_manifest(tmp_path).members) == 8
+    rewrite(tmp_path, content | {"members": members, "weights": [1 / 9] * 9})
+    with pytest.raises(UserError, match="list of 1 to 8"):
+        load_manifest(tmp_path)
+
+
 def test_refuses_a_fold_twice_and_too_many(tmp_path: Path) -> None:
     content = stub_manifest(tmp_path)
     rewrite(tmp_path, content | {"folds": content["folds"] * 2})
@@ -118,6 +186,7 @@ def test_refuses_what_is_no_manifest(tmp_path: Path) -> None:
         b"\xff",
         b"{" * 100_000,
         b'{"format": 2}',
+        b'{"format": 3}',
         b'{"format": "' + b"x" * 100_000 + b'"}',
     ):
         file.write_bytes(content)

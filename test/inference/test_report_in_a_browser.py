@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import os
 import re
 from collections.abc import Iterator
@@ -14,11 +15,13 @@ import pytest
 
 from inference.answers import Answer
 from inference.errors import UserError
+from inference.manifest import load_manifest
 from inference.metrics import scores
 from inference.report import page as report
 from inference.report.attribution import Attribution
 from inference.report.page import picture, write_report
 from test.support.browser import Browser, browser, find
+from test.support.stub import stub_manifest
 
 THRESHOLD = 0.4237
 NASTY = '</script><script>document.title="broken"</script>&amp;<b>\u2028"\'.png'
@@ -277,6 +280,61 @@ def test_one_crop_without_folds_labels_or_manifest(window: Browser, tmp_path: Pa
     visible = window.run(f"return {labels}.filter(e => e.offsetWidth).length")
     assert visible == 3  # show, sort, name: nothing that would have no effect
     assert window.console() == []
+
+
+def test_an_ensemble_of_members_shows_each(window: Browser, tmp_path: Path) -> None:
+    """Three folds in members of two and one: a filter, an order, strokes, and each member's answer in the details."""
+    stub_manifest(tmp_path, folds=3)
+    manifest = load_manifest(tmp_path)
+    [whole] = manifest.members
+    near = dataclasses.replace(whole, name="near", weight=0.25, folds=whole.folds[:2])
+    far = dataclasses.replace(whole, name="far", weight=0.75, folds=whole.folds[2:], tta="d4")
+    manifest = dataclasses.replace(manifest, members=(near, far))
+    rows = []
+    for row in ROWS:
+        each = (float(np.mean(row.fold_p[:2])), row.fold_p[2])
+        rows.append(dataclasses.replace(row, member_p=each, p_atypical=0.25 * each[0] + 0.75 * each[1]))
+    file = write_report(rows, make_crops(90), manifest, tmp_path / "two.html", threshold=THRESHOLD)
+    window.view(1280, 900)
+    window.open(file)
+    window.settle()
+    torn = {row.path for row in rows if min(row.member_p) < THRESHOLD <= max(row.member_p)}
+    assert 0 < len(torn) < 90 and shown(window)["Members disagree"] == str(len(torn))
+    choose(window, "show", "members")
+    assert set(names(window)) == torn
+    choose(window, "show", "all")
+    choose(window, "sort", "apart")
+    found = names(window)
+    assert found == [row.path for row in sorted(rows, key=lambda row: -np.ptp(row.member_p))][: len(found)]
+    first = max(rows, key=lambda row: np.ptp(row.member_p))
+    assert window.run("return document.querySelector('.card').querySelectorAll('.track .member').length") == 2
+    spoken = window.run("return document.querySelector('.card .more').textContent")
+    assert f"near {first.member_p[0]:.3f}, far {first.member_p[1]:.3f}" in spoken
+    window.run("document.querySelector('.card').click()")
+    window.settle()
+    facts = dict(window.run("return [...document.querySelectorAll('#detail-facts tr')].map(e => "
+                            "[e.children[0].textContent, e.children[1].textContent])"))  # fmt: skip
+    for (name, p), folds in zip(zip(("near", "far"), first.member_p, strict=True), (first.fold_p[:2], first.fold_p[2:]),
+                                strict=True):  # fmt: skip
+        called = "atypical" if p >= THRESHOLD else "normal"
+        assert facts[name] == f"{p:.3f}, {called}folds {', '.join(f'{fold:.3f}' for fold in folds)}"
+    assert window.run("return document.querySelectorAll('#detail-facts .fold-dot').length") == 3
+    assert "Fold 0" not in facts
+    card = window.run("return document.querySelector('dl.facts').textContent")
+    assert "Member near" in card and "weight 0.75" in card and "8 views" in card
+    window.view(320, 900)
+    window.settle()
+    assert window.run("return document.documentElement.scrollWidth") <= 320
+    assert window.run(
+        "return document.getElementById('detail').scrollWidth <= document.getElementById('detail').clientWidth"
+    )
+    assert window.console() == []
+
+
+def test_one_member_is_not_told_apart(opened: Browser) -> None:
+    assert opened.run("return document.querySelectorAll('.member, .member-name').length") == 0
+    assert "members" not in opened.run("return [...document.getElementById('show').options].map(e => e.value)")
+    assert "Members disagree" not in shown(opened)
 
 
 def test_what_cannot_be_reported_is_refused(tmp_path: Path) -> None:

@@ -51,27 +51,60 @@ def sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
+def make_member(
+    folder: Path, backbone: str, targets: str | None = None, pool: str | None = None, folds: int = 3, *,
+    base: str = "base.safetensors", prefix: str = "", seed: int = 1, **entries: Any,
+) -> tuple[dict[str, Any], list[torch.nn.Module]]:  # fmt: skip
+    """Write a member's base (unless it is there) and folds; returns what a manifest says of it, and its PEFT models.
+
+    `entries` override the manifest's; those in "preprocess" only the ones that they name.
+    """
+    row = lookup(backbone)
+    pool = pool or row.pool
+    file = folder / base
+    if not file.exists():
+        random_base(backbone, file)
+    names = [f"{prefix}fold{number}" for number in range(folds)]
+    targets = targets or next(iter(row.targets))
+    models = [random_fold(backbone, file, folder / name, targets, pool, n) for n, name in enumerate(names, seed)]
+    files = ("adapter_config.json", "adapter_model.safetensors")
+    size = row.size if row.heads else 64
+    preprocess = {"crop": 80, "size": size, "kernel": "bicubic", "mean": list(row.mean), "std": list(row.std)}
+    content = {
+        "backbone": backbone, "pool": pool, "base": {"file": base, "sha256": sha256(file)},
+        "folds": [{"folder": name, "sha256": {file: sha256(folder / name / file) for file in files}} for name in names],
+        "tta": "none", "precision": {"fp32": 0.0, "bf16": 0.1, "fp16": None}, "licence": {"base": "random weights"},
+    }  # fmt: skip
+    return content | entries | {"preprocess": preprocess | entries.get("preprocess", {})}, models
+
+
+WHOLE = {"name": "miniature", "averaging": "logit", "temperature": 1.0, "threshold": 0.5,
+         "provenance": {"made by": "test/support/miniature.py"}}  # fmt: skip
+
+
 def make_ensemble(
     folder: Path, backbone: str = "efficientnet-lite0", targets: str | None = None, pool: str | None = None,
     folds: int = 3, **manifest: Any,
 ) -> list[torch.nn.Module]:  # fmt: skip
-    """Write an ensemble folder, base included; returns its PEFT models. `manifest` overrides its entries."""
-    row = lookup(backbone)
-    pool = pool or row.pool
-    base = random_base(backbone, folder / "base.safetensors")
-    names = [f"fold{number}" for number in range(folds)]
-    targets = targets or next(iter(row.targets))
-    models = [random_fold(backbone, base, folder / name, targets, pool, seed) for seed, name in enumerate(names, 1)]
-    files = ("adapter_config.json", "adapter_model.safetensors")
-    size = row.size if row.heads else 64
-    content = {
-        "format": 1, "name": "miniature", "backbone": backbone, "pool": pool,
-        "base": {"file": base.name, "sha256": sha256(base)},
-        "preprocess": {"crop": 80, "size": size, "kernel": "bicubic", "mean": list(row.mean), "std": list(row.std)},
-        "folds": [{"folder": name, "sha256": {file: sha256(folder / name / file) for file in files}} for name in names],
-        "tta": "none", "averaging": "logit", "temperature": 1.0, "threshold": 0.5,
-        "precision": {"fp32": 0.0, "bf16": 0.1, "fp16": None},
-        "licence": {"base": "random weights"}, "provenance": {"made by": "test/support/miniature.py"},
-    }  # fmt: skip
-    (folder / "ensemble.json").write_text(json.dumps(content | manifest))
+    """Write an ensemble folder of one member, base included; returns its PEFT models. `manifest` overrides entries."""
+    content, models = make_member(folder, backbone, targets, pool, folds)
+    (folder / "ensemble.json").write_text(json.dumps({"format": 1} | content | WHOLE | manifest))
+    return models
+
+
+def make_members(folder: Path, members: dict[str, dict[str, Any]], **manifest: Any) -> list[list[torch.nn.Module]]:
+    """Write an ensemble folder of members, by name what `make_member` takes; returns the PEFT models of each.
+
+    Members of one backbone share its base. `manifest` overrides entries of the whole.
+    """
+    entries, models = [], []
+    for number, (name, options) in enumerate(members.items()):
+        base = f"{options['backbone']}.safetensors"
+        chosen: dict[str, Any] = {"base": base, "prefix": f"{name}-", "seed": 1 + 100 * number} | options
+        content, made = make_member(folder, **chosen)
+        entries.append({"name": name} | content)
+        models.append(made)
+    weights = [1 / len(entries)] * len(entries)
+    content = {"format": 2, "members": entries, "weights": weights} | WHOLE | manifest
+    (folder / "ensemble.json").write_text(json.dumps(content))
     return models

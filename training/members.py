@@ -1,0 +1,143 @@
+"""A member's part of an ensemble folder: its folds with calibration in their heads, its entry, its precisions."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import shutil
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load_file, save_file
+
+from inference.backbones import lookup
+from inference.checksums import sha256
+from inference.ensemble import Ensemble, combine
+from inference.files import write_whole
+from inference.manifest import FILE, load_manifest
+from inference.progress import Progress
+
+from .recipe import Recipe
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+DRIFT_CROPS = 32
+DRIFT_STEP = 4  # crops between two updates of the progress
+DRIFT_ALLOWED = 0.02  # of P(atypical): a precision that moves a probability further is not allowed
+UNMEASURED = {"fp32": 0.0, "bf16": None, "fp16": None}
+
+
+def describe_member(recipe: Recipe, base: Path) -> dict[str, Any]:
+    """What a manifest says of a recipe's member, all but its folds, views and precisions."""
+    row = lookup(recipe.backbone)
+    preprocess = vars(recipe.preprocess())
+    return {
+        "backbone": recipe.backbone,
+        "pool": recipe.pool or row.pool,
+        "base": {"file": base.name, "sha256": sha256(base)},
+        "preprocess": preprocess | {"mean": list(preprocess["mean"]), "std": list(preprocess["std"])},
+        "licence": {"base": row.licence, "base_source": row.source, "adapters": "Apache-2.0"},
+    }
+
+
+def fold_folders(run: Path) -> list[Path]:
+    """The folders of a run's folds, in their order."""
+    return sorted(run.glob("fold*"), key=lambda folder: int(folder.name.removeprefix("fold")))
+
+
+def write_folds(
+    folder: Path, sources: dict[str, Path], backbone: str, shift: float, temperature: float = 1.0
+) -> list[dict[str, Any]]:
+    """Copy folds, by the names of their new folders, with heads that give (logit + shift) / temperature.
+
+    Returns what the manifest says of them.
+    """
+    entries = []
+    for name, source in sources.items():
+        target = folder / name
+        target.mkdir(exist_ok=True)
+        for file in FILES:
+            shutil.copyfile(source / file, target / file)
+        adjust_head(target / FILES[1], shift, temperature)
+        clean_config(target / FILES[0], lookup(backbone).source)
+        entries.append({"folder": name, "sha256": {file: sha256(target / file) for file in FILES}})
+    return entries
+
+
+def adjust_head(file: Path, shift: float, temperature: float) -> None:
+    """Have an adapter's head give (logit + shift) / temperature."""
+    tensors = load_file(file)
+    bias = next(name for name, value in tensors.items() if name.endswith(".bias") and value.shape == (1,))
+    weight = bias.removesuffix("bias") + "weight"
+    tensors[weight] = tensors[weight] / temperature
+    tensors[bias] = (tensors[bias] + shift) / temperature
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(0o644)  # safetensors writes for the owner alone, and an image's user is another
+
+
+def clean_config(file: Path, source: str) -> None:
+    """PEFT's configuration, with the base's public name in place of a local one, keys in a fixed order."""
+    config = json.loads(file.read_text()) | {"base_model_name_or_path": source, "inference_mode": True}
+    file.write_text(json.dumps(dict(sorted(config.items())), indent=1) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """What made an ensemble, for its provenance."""
+    packages = ("torch", "timm", "peft", "numpy")
+    return {name: version(name) for name in packages} | {"python": platform.python_version()}
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    write_whole(folder / FILE, json.dumps(manifest, indent=1) + "\n")
+
+
+def measure_drift(folder: Path, crops: Sequence[np.ndarray], device: str) -> list[dict[str, float | None]]:
+    """For each member and precision the largest change of the ensemble's P(atypical) against fp32 on `crops`.
+
+    None for a precision that is not allowed: where a member, or all that may use it together, move an answer by more
+    than DRIFT_ALLOWED, or overflow: inference would compute such crops again in fp32, and take twice as long.
+    """
+    manifest = load_manifest(folder)
+    everyone = range(len(manifest.members))
+    drift: list[dict[str, float | None]] = [dict(UNMEASURED) for _ in everyone]
+    exact, _ = predict(folder, crops, device, "fp32", everyone)
+    p = combine(list(exact.values()), manifest).p_atypical
+
+    def change(found: dict[int, np.ndarray]) -> float:
+        return float(np.abs(combine(list((exact | found).values()), manifest).p_atypical - p).max())
+
+    for precision in ("bf16", "fp16"):
+        safe = [m for m in everyone if precision == "bf16" or lookup(manifest.members[m].backbone).fp16_safe]
+        if not safe:
+            continue
+        found, overflowed = predict(folder, crops, device, precision, safe)
+        alone = {m: change({m: found[m]}) for m in safe if m not in overflowed}
+        allowed = [m for m, largest in alone.items() if largest <= DRIFT_ALLOWED]
+        if change({m: found[m] for m in allowed}) <= DRIFT_ALLOWED:
+            for m in allowed:
+                drift[m][precision] = round(alone[m], 5)
+    return drift
+
+
+def predict(
+    folder: Path, crops: Sequence[np.ndarray], device: str, precision: str, chosen: Sequence[int]
+) -> tuple[dict[int, np.ndarray], set[int]]:
+    """Logits (folds, V, N) of the chosen members, and those that overflowed; on a terminal, with its progress."""
+    manifest = load_manifest(folder)
+    part = dataclasses.replace(manifest, members=tuple(manifest.members[m] for m in chosen))
+    ensemble = Ensemble(part, device, precision)
+    print(f"measuring {precision} on {len(crops)} crops", flush=True)
+    progress = Progress(len(crops), f"crops in {precision}")
+    parts: dict[int, list[np.ndarray]] = {m: [] for m in chosen}
+    for start in range(0, len(crops), DRIFT_STEP):
+        answer = ensemble.predict(crops[start : start + DRIFT_STEP])
+        for m, logits in zip(chosen, answer.logits, strict=True):
+            parts[m].append(logits)
+        done = min(start + DRIFT_STEP, len(crops))
+        progress.show(done, done, done)
+    progress.clear()
+    overflowed = {m for m, member in zip(chosen, ensemble.members, strict=True) if member.recomputed}
+    return {m: np.concatenate(logits, axis=2) for m, logits in parts.items()}, overflowed
