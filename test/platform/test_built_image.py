@@ -48,7 +48,7 @@ def test_config_is_what_the_platform_demands(inspected: dict[str, Any]) -> None:
 
 
 def test_a_new_ensemble_uploads_as_one_small_layer() -> None:
-    command = [str(docker()), "history", "--human=false", "--format", "{{.Size}} {{.CreatedBy}}", IMAGE]
+    command = [str(docker()), "history", "--no-trunc", "--human=false", "--format", "{{.Size}} {{.CreatedBy}}", IMAGE]
     layers = [line.split(" ", 1) for line in subprocess.check_output(command, text=True).splitlines()]
     sizes = [int(size) for size, _ in layers if size != "0"]
     assert sizes[0] < 50e6, "code and adapters"
