@@ -43,7 +43,10 @@ def test_a_recipe_fits_its_backbone(file):
         assert preprocess.size % (14 if "14" in lookup(recipe.backbone).timm else 16) == 0
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file.stem not in ("default", "lite0")], ids=lambda file: file.stem)
+PAPERS = [file for file in FILES if file.stem not in ("default", "lite0")]
+
+
+@pytest.mark.parametrize("file", PAPERS, ids=lambda file: file.stem)
 def test_a_papers_recipe_gives_every_value_and_says_whose_it_is(file):
     table = tomllib.loads(file.read_text())
     assert table.keys() == {field.name for field in dataclasses.fields(Recipe)}
