@@ -96,16 +96,37 @@ class Memory(threading.Thread):
             ray = sum(rss for name, rss in family if name in ("raylet", "gcs_server"))
             if workers:
                 shards = sum(1 for _ in self.output.glob("*.parquet"))
-                self.samples.append({"seconds": time.perf_counter() - start, "shards": shards, "driver": driver / 2**20,
-                                     "worker": max(workers) / 2**20, "raylet and GCS": ray / 2**20})  # fmt: skip
+                self.samples.append(
+                    {
+                        "seconds": time.perf_counter() - start,
+                        "shards": shards,
+                        "driver": driver / 2**20,
+                        "worker": max(workers) / 2**20,
+                        "raylet and GCS": ray / 2**20,
+                    }
+                )
             time.sleep(1)
 
 
 def score(data: Path, output: Path, cores: int, *more: object) -> tuple[float, float, list[dict[str, float]]]:
     """Seconds of the whole command, of it after the first shard, and memory samples; a worker for each core."""
     with cluster(cores) as (address, pid):
-        command = [sys.executable, "-m", "inference", "score", data, "--ray", address, "--output", output,
-                   "--workers", cores, "--device", "cpu", *more]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "inference",
+            "score",
+            data,
+            "--ray",
+            address,
+            "--output",
+            output,
+            "--workers",
+            cores,
+            "--device",
+            "cpu",
+            *more,
+        ]
         start = time.perf_counter()
         process = subprocess.Popen(list(map(str, command)), cwd=ROOT)
         memory = Memory(process.pid, pid, output)
@@ -130,8 +151,10 @@ def workers(options: argparse.Namespace) -> dict[str, Any]:
     # what is left after the first shard; n workers end n shards at about that time
     rates = {n: max((options.crops - n * SHARD) / steady for _, steady in known) for n, known in runs.items()}
     whole = {n: options.crops / min(seconds for seconds, _ in known) for n, known in runs.items()}
-    print(f"after the first shard {rates[1]:.2f} and {rates[2]:.2f} crops a second: {rates[2] / rates[1]:.2f} times; "
-          f"with start and end {whole[1]:.2f} and {whole[2]:.2f}: {whole[2] / whole[1]:.2f} times")  # fmt: skip
+    print(
+        f"after the first shard {rates[1]:.2f} and {rates[2]:.2f} crops a second: {rates[2] / rates[1]:.2f} times; "
+        f"with start and end {whole[1]:.2f} and {whole[2]:.2f}: {whole[2] / whole[1]:.2f} times"
+    )
     return {"runs": runs, "rates": rates, "whole": whole}
 
 
@@ -150,8 +173,10 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
         rss = np.array([one[name] for one in late])
         slope = float(np.polyfit(at / 1e6, rss, 1)[0]) if len(set(at)) > 1 else 0.0
         result[name] = {"first": rss[0], "last": rss[-1], "peak": max(one[name] for one in samples), "slope": slope}
-        print(f"{name}: {rss[0]:.0f} MiB after a tenth, {rss[-1]:.0f} at the end, {result[name]['peak']:.0f} at most; "
-              f"{slope:+.0f} MiB per million crops")  # fmt: skip
+        print(
+            f"{name}: {rss[0]:.0f} MiB after a tenth, {rss[-1]:.0f} at the end, {result[name]['peak']:.0f} at most; "
+            f"{slope:+.0f} MiB per million crops"
+        )
     return result | {"samples": samples}
 
 

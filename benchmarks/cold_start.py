@@ -53,8 +53,23 @@ def timed(command: list[str]) -> tuple[float, int]:
 
 def run_ours(ensemble: Path, job: Path, out: Path, device: str, precision: str) -> dict[str, Any]:
     details = out / "details.json"
-    command = [sys.executable, "-m", "inference", "--input", str(job), "--output", str(out), "--weights", str(ensemble),
-               "--device", device, "--precision", precision, "--details", str(details)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "inference",
+        "--input",
+        str(job),
+        "--output",
+        str(out),
+        "--weights",
+        str(ensemble),
+        "--device",
+        device,
+        "--precision",
+        precision,
+        "--details",
+        str(details),
+    ]
     wall, memory = timed(command)
     found = json.loads(details.read_text())
     # read, fused and converted layer by layer, as the first pass comes to them
@@ -99,11 +114,19 @@ def measure(backbone: str, crops: int, device: str, precision: str, repeats: int
         "multiply-adds": flops / rate,
     }
     result: dict[str, Any] = {
-        "backbone": member.backbone, "crops": crops, "folds": folds, "views": views, "size": size,
-        "device": ours[0]["device"], "precision": precision, "machine": machine(), "repeats": repeats,
-        "ours": medians(ours), "plain": medians(plain),
+        "backbone": member.backbone,
+        "crops": crops,
+        "folds": folds,
+        "views": views,
+        "size": size,
+        "device": ours[0]["device"],
+        "precision": precision,
+        "machine": machine(),
+        "repeats": repeats,
+        "ours": medians(ours),
+        "plain": medians(plain),
         "floor": {"wall": sum(parts.values()), "seconds": parts, "gigaflops": rate / 1e9, "read_gb_per_s": read / 1e9},
-    }  # fmt: skip
+    }
     result["speedup"] = result["plain"]["wall"] / result["ours"]["wall"]
     result["memory_ratio"] = result["ours"]["memory"] / result["plain"]["memory"]
     result["floor_ratio"] = result["ours"]["wall"] / result["floor"]["wall"]
@@ -141,8 +164,10 @@ def machine() -> dict[str, str]:
 
 
 def show(result: dict[str, Any]) -> str:
-    lines = [f"{result['backbone']}: {result['crops']} crops x {result['views']} views x {result['folds']} folds at "
-             f"{result['size']} px, {result['device']}, {result['precision']}; random unless 'default'"]  # fmt: skip
+    lines = [
+        f"{result['backbone']}: {result['crops']} crops x {result['views']} views x {result['folds']} folds at "
+        f"{result['size']} px, {result['device']}, {result['precision']}; random unless 'default'"
+    ]
     for name in ("plain", "ours", "floor"):
         part = result[name]
         memory = f", peak {part['memory'] / 1e9:.2f} GB" if "memory" in part else ""
@@ -153,8 +178,10 @@ def show(result: dict[str, Any]) -> str:
         f"all but the forward pass {result['import_budget']:.2f} times import torch"
     )
     if "difference" in result:
-        lines.append(f"largest difference of P(atypical) from the plain path: {result['difference_fp32']:.1e} in fp32, "
-                     f"{result['difference']:.1e} in {result['precision']}")  # fmt: skip
+        lines.append(
+            f"largest difference of P(atypical) from the plain path: {result['difference_fp32']:.1e} in fp32, "
+            f"{result['difference']:.1e} in {result['precision']}"
+        )
     return "\n".join(lines)
 
 

@@ -68,20 +68,30 @@ def measure(ensemble: Path, crops: int, device: str, precision: str, repeats: in
     start = median(run["wall"] - sum(m["seconds"] for m in run["members"]) for found in runs[:-1] for run in found)
     memory = [max(run["memory"] for run in found) for found in runs]
     return {
-        "ensemble": manifest.name, "members": [member.name for member in manifest.members], "crops": crops,
-        "device": runs[-1][0]["device"], "precision": runs[-1][0]["precision"], "machine": machine(),
-        "repeats": repeats, "wall": wall, "computing": computing, "start": start, "memory": memory,
+        "ensemble": manifest.name,
+        "members": [member.name for member in manifest.members],
+        "crops": crops,
+        "device": runs[-1][0]["device"],
+        "precision": runs[-1][0]["precision"],
+        "machine": machine(),
+        "repeats": repeats,
+        "wall": wall,
+        "computing": computing,
+        "start": start,
+        "memory": memory,
         "ratio": wall[-1] / (sum(computing[:-1]) + start),
         "device_memory": max(run["device_bytes"] for run in runs[-1]),
         "bases": [member.base.stat().st_size for member in manifest.members],
         "gpu_tensors": [gpu_bytes(member) for member in manifest.members],
-    }  # fmt: skip
+    }
 
 
 def show(result: dict[str, Any]) -> str:
     weights = "random weights" if result["ensemble"].startswith("random-") else "its own weights"
-    lines = [f"{result['ensemble']} ({weights}): {result['crops']} crops, {result['device']}, {result['precision']}, "
-             f"medians of {result['repeats']}"]  # fmt: skip
+    lines = [
+        f"{result['ensemble']} ({weights}): {result['crops']} crops, {result['device']}, {result['precision']}, "
+        f"medians of {result['repeats']}"
+    ]
     names = [*(f"{name} alone" for name in result["members"]), "all members"]
     for name, wall, computing, memory in zip(names, result["wall"], result["computing"], result["memory"], strict=True):
         lines.append(f"{name:>28}: {wall:7.2f} s, of which members {computing:7.2f}, peak {memory / 1e9:.2f} GB")

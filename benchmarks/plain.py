@@ -44,9 +44,12 @@ def main(kind: str, folder: Path, stack: Path, out: Path) -> None:
             )
     else:
         chain = transforms.Compose(
-            [transforms.Resize((224, 224), transforms.InterpolationMode.BICUBIC), transforms.ToTensor(),
-             transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
-        )  # fmt: skip
+            [
+                transforms.Resize((224, 224), transforms.InterpolationMode.BICUBIC),
+                transforms.ToTensor(),
+                transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            ]
+        )
         prepare = lambda page: chain(page)[None]  # noqa: E731
         model = timm.create_model("tf_efficientnetv2_m", pretrained=False, num_classes=1)
         model.load_state_dict(torch.load(folder / "reference.pth", map_location="cpu", weights_only=True))

@@ -28,8 +28,14 @@ class RandomWeights:
         with torch.device("meta"):
             state = build(backbone, 0, "token", **overrides).state_dict()
         self.dtype, self.names = torch.float32, frozenset(state)
-        parts = ("attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc1_g.weight", "mlp.fc1_x.weight",
-                 "mlp.fc2.weight")  # fmt: skip
+        parts = (
+            "attn.qkv.weight",
+            "attn.proj.weight",
+            "mlp.fc1.weight",
+            "mlp.fc1_g.weight",
+            "mlp.fc1_x.weight",
+            "mlp.fc2.weight",
+        )
         self.adapted = {
             name for name in state if name.endswith(parts) and int(name.removeprefix("blocks.").split(".")[0]) >= first
         }

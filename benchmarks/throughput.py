@@ -32,10 +32,18 @@ def main() -> None:
     start = time.perf_counter()
     crops = sum(len(ensemble.predict(read_stack(stack)).p_atypical) for _ in range(options.stacks))
     seconds = time.perf_counter() - start
-    result = {"ensemble": ensemble.manifest.name, "device": ensemble.device.type, "precision": ensemble.precision,
-              "stacks": options.stacks, "crops_per_second": crops / seconds, "machine": machine()}  # fmt: skip
-    print(f"{result['ensemble']} on {result['device']} in {result['precision']}: {crops / seconds:.1f} crops a second, "
-          f"{crops} crops in {options.stacks} stacks")  # fmt: skip
+    result = {
+        "ensemble": ensemble.manifest.name,
+        "device": ensemble.device.type,
+        "precision": ensemble.precision,
+        "stacks": options.stacks,
+        "crops_per_second": crops / seconds,
+        "machine": machine(),
+    }
+    print(
+        f"{result['ensemble']} on {result['device']} in {result['precision']}: {crops / seconds:.1f} crops a second, "
+        f"{crops} crops in {options.stacks} stacks"
+    )
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 

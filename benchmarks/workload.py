@@ -65,14 +65,27 @@ def make(backbone: str, cache: Path) -> Path:
         hashes = {n: sha256(target / n) for n in ("adapter_config.json", "adapter_model.safetensors")}
         folds.append({"folder": target.name, "sha256": hashes})
     manifest = {
-        "format": 1, "name": f"random-{backbone}", "backbone": backbone, "pool": "token",
+        "format": 1,
+        "name": f"random-{backbone}",
+        "backbone": backbone,
+        "pool": "token",
         "base": {"file": base.name, "sha256": sha256(base)},
-        "preprocess": {"crop": None, "size": row.size, "kernel": "bicubic",
-                       "mean": list(row.mean), "std": list(row.std)},
-        "folds": folds, "tta": "none", "averaging": "logit", "temperature": 1.0, "threshold": 0.5,
+        "preprocess": {
+            "crop": None,
+            "size": row.size,
+            "kernel": "bicubic",
+            "mean": list(row.mean),
+            "std": list(row.std),
+        },
+        "folds": folds,
+        "tta": "none",
+        "averaging": "logit",
+        "temperature": 1.0,
+        "threshold": 0.5,
         "precision": {"fp32": 0.0, "bf16": 1.0, "fp16": 1.0 if row.fp16_safe else None},
-        "licence": {"base": "random weights"}, "provenance": {"made by": "benchmarks"},
-    }  # fmt: skip
+        "licence": {"base": "random weights"},
+        "provenance": {"made by": "benchmarks"},
+    }
     (folder / "ensemble.json").write_text(json.dumps(manifest, indent=1))
     return folder
 

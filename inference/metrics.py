@@ -74,10 +74,13 @@ def scores(labels: np.ndarray, p: np.ndarray, threshold: float) -> dict[str, flo
     """All scores of P(atypical) (N,) called atypical from `threshold` on."""
     called = p >= threshold
     return {
-        "balanced_accuracy": balanced_accuracy(labels, called), "sensitivity": sensitivity(labels, called),
-        "specificity": specificity(labels, called), "auc": roc_auc(labels, p), "brier": brier(labels, p),
+        "balanced_accuracy": balanced_accuracy(labels, called),
+        "sensitivity": sensitivity(labels, called),
+        "specificity": specificity(labels, called),
+        "auc": roc_auc(labels, p),
+        "brier": brier(labels, p),
         "ece": ece(labels, p),
-    }  # fmt: skip
+    }
 
 
 def group_bootstrap(groups: np.ndarray, resamples: int, seed: int = 0) -> Sequence[np.ndarray]:

@@ -65,8 +65,10 @@ def bundled() -> bool:
         ensemble.predict(crops)
     warm = (time.perf_counter() - start) / 10
     peak = ensemble.device_bytes()
-    print(f"{ensemble.manifest.name} in {ensemble.precision}, {len(crops)} crops: job {cold:.2f} s (exit code {code}), "
-          f"warm {warm:.3f} s, peak {peak >> 20:,} MiB of {MEMORY >> 20:,}")  # fmt: skip
+    print(
+        f"{ensemble.manifest.name} in {ensemble.precision}, {len(crops)} crops: job {cold:.2f} s (exit code {code}), "
+        f"warm {warm:.3f} s, peak {peak >> 20:,} MiB of {MEMORY >> 20:,}"
+    )
     return code == 0 and peak < MEMORY
 
 

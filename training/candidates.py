@@ -198,8 +198,15 @@ def cached_logits(manifest: Manifest, member: Member, table: Table, cache: Path)
 
     They are kept under the hash of everything that they depend on: weights, preprocessing, crops and folds.
     """
-    parts = [member.backbone, member.pool, member.base_sha256, sorted(member.preprocess.items()),
-             list(member.files.values()), table.sha256, table.folds.tolist()]  # fmt: skip
+    parts = [
+        member.backbone,
+        member.pool,
+        member.base_sha256,
+        sorted(member.preprocess.items()),
+        list(member.files.values()),
+        table.sha256,
+        table.folds.tolist(),
+    ]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     file = cache / f"{manifest.name}-{member.name}-{key}.npy"
     if file.is_file():
@@ -244,7 +251,9 @@ def named_apart(found: Sequence[Candidate]) -> list[Candidate]:
     names = [one.name for one in found]
     if len(set(names)) < len(names):
         sides = [one.entry["preprocess"] for one in found]
-        names = [f"{name}-{side['crop'] or 'all'}-{side['size']}" if names.count(name) > 1 else name
-                 for name, side in zip(names, sides, strict=True)]  # fmt: skip
+        names = [
+            f"{name}-{side['crop'] or 'all'}-{side['size']}" if names.count(name) > 1 else name
+            for name, side in zip(names, sides, strict=True)
+        ]
     names = [f"{name}-{names[:n].count(name) + 1}" if names.count(name) > 1 else name for n, name in enumerate(names)]
     return [dataclasses.replace(one, name=name) for one, name in zip(found, names, strict=True)]

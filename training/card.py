@@ -121,7 +121,9 @@ def card(result: Result) -> str:
         )
     budget = f" within {result.budget:g} seconds" if result.budget else ""
     lines += ["", f"Choices{budget}, by leave-one-fold-out AUC:", "", *(f"- {step}" for step in result.steps)]
-    licences = {f"{one.entry['backbone']}: {one.entry['licence'].get('base', 'not known')}" for one in
-                (result.candidates[member] for member in choice.members)}  # fmt: skip
+    licences = {
+        f"{one.entry['backbone']}: {one.entry['licence'].get('base', 'not known')}"
+        for one in (result.candidates[member] for member in choice.members)
+    }
     lines += ["", f"Licences of the bases: {', '.join(sorted(licences))}.", ""]
     return "\n".join(lines)

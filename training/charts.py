@@ -40,9 +40,15 @@ class Chart:
         return HEIGHT - BOTTOM - (y - self.y[0]) / (self.y[1] - self.y[0]) * (HEIGHT - TOP - BOTTOM)
 
     def line(
-        self, x: Numbers, y: Numbers, colour: str, name: str = "", width: float = 2, dash: str = "",
+        self,
+        x: Numbers,
+        y: Numbers,
+        colour: str,
+        name: str = "",
+        width: float = 2,
+        dash: str = "",
         opacity: float = 1,
-    ) -> None:  # fmt: skip
+    ) -> None:
         points = " ".join(f"{self.across(a):.1f},{self.down(b):.1f}" for a, b in zip(x, y, strict=True))
         style = f'stroke="{colour}" stroke-width="{width}" stroke-dasharray="{dash}" stroke-opacity="{opacity}"'
         self.layers.append(f'<polyline points="{points}" fill="none" {style} stroke-linejoin="round"/>')
@@ -58,8 +64,10 @@ class Chart:
     def band(self, low: float, high: float, colour: str, name: str = "") -> None:
         """A vertical stripe from `low` to `high` on the x axis."""
         left, right = self.across(max(low, self.x[0])), self.across(min(high, self.x[1]))
-        self.layers.append(f'<rect x="{left:.1f}" y="{TOP}" width="{max(1, right - left):.1f}" '
-                           f'height="{HEIGHT - TOP - BOTTOM}" fill="{colour}" fill-opacity="0.15"/>')  # fmt: skip
+        self.layers.append(
+            f'<rect x="{left:.1f}" y="{TOP}" width="{max(1, right - left):.1f}" '
+            f'height="{HEIGHT - TOP - BOTTOM}" fill="{colour}" fill-opacity="0.15"/>'
+        )
         if name:
             self.legend.append((name, colour, "band"))
 
@@ -69,12 +77,16 @@ class Chart:
         foot = HEIGHT - BOTTOM
         for tick in self.x_ticks:
             a = self.across(tick)
-            marks.append(f'<path class="axis" d="M{a:.1f} {TOP}V{foot}"/>'
-                         f'<text x="{a:.1f}" y="{foot + 15}" text-anchor="middle">{tick:g}</text>')  # fmt: skip
+            marks.append(
+                f'<path class="axis" d="M{a:.1f} {TOP}V{foot}"/>'
+                f'<text x="{a:.1f}" y="{foot + 15}" text-anchor="middle">{tick:g}</text>'
+            )
         for tick in self.y_ticks:
             b = self.down(tick)
-            marks.append(f'<path class="axis" d="M{LEFT} {b:.1f}H{WIDTH - RIGHT}"/>'
-                         f'<text x="{LEFT - 6}" y="{b + 4:.1f}" text-anchor="end">{tick:g}</text>')  # fmt: skip
+            marks.append(
+                f'<path class="axis" d="M{LEFT} {b:.1f}H{WIDTH - RIGHT}"/>'
+                f'<text x="{LEFT - 6}" y="{b + 4:.1f}" text-anchor="end">{tick:g}</text>'
+            )
         middle_x, middle_y = (LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2
         labels = (
             f'<text x="{middle_x}" y="{HEIGHT - 8}" text-anchor="middle">{escape(self.x_label)}</text>'

@@ -36,8 +36,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, required=True, help="new ensemble folder to write, such as weights/mine")
     add("--name", help="name of the ensemble (default: the folder's)")
     add("--data", type=Path, action="append", default=[], help="the data sets, where no run names them; repeatable")
-    add("--cache", type=Path, default=Path("runs/out-of-fold"), metavar="DIR",
-        help="keeps the logits that are computed for ensembles (default runs/out-of-fold)")  # fmt: skip
+    add(
+        "--cache",
+        type=Path,
+        default=Path("runs/out-of-fold"),
+        metavar="DIR",
+        help="keeps the logits that are computed for ensembles (default runs/out-of-fold)",
+    )
     add("--bases", type=Path, default=BASES, metavar="DIR", help="base weights of the runs (default weights/bases)")
     add("--include-base", action="store_true", help="copy the bases into the folder too")
     add("--budget", type=float, metavar="SECONDS", help="the longest cold start on this machine, measured")
@@ -80,9 +85,14 @@ def run(options: argparse.Namespace) -> None:
 
 
 def weigh(
-    folder: Path, found: Sequence[Candidate], joint: Joint, crops: Sequence[np.ndarray], job: Path, seconds: Seconds,
+    folder: Path,
+    found: Sequence[Candidate],
+    joint: Joint,
+    crops: Sequence[np.ndarray],
+    job: Path,
+    seconds: Seconds,
     options: argparse.Namespace,
-) -> Result:  # fmt: skip
+) -> Result:
     """Choose, write the ensemble to `folder` and measure its cold start; over the budget, the next best."""
     names = [one.name for one in found]
     rows = []
@@ -152,15 +162,21 @@ def write_ensemble(
         temperature, shift = calibration.heads[place]
         sources = {f"{one.name}-fold{number}": fold for number, fold in enumerate(one.folds)}
         folds = write_folds(folder, sources, one.entry["backbone"], shift, temperature)
-        entries.append({"name": one.name, **one.entry, "folds": folds, "tta": choice.tta[place],
-                        "precision": UNMEASURED})  # fmt: skip
+        entries.append(
+            {"name": one.name, **one.entry, "folds": folds, "tta": choice.tta[place], "precision": UNMEASURED}
+        )
         if not (folder / one.base.name).exists():
             (folder / one.base.name).symlink_to(one.base.resolve())
     manifest = {
-        "format": 2, "name": name, "members": entries, "weights": list(choice.shares), "averaging": choice.averaging,
-        "temperature": round(calibration.temperature, 4), "threshold": round(calibration.threshold, 4),
+        "format": 2,
+        "name": name,
+        "members": entries,
+        "weights": list(choice.shares),
+        "averaging": choice.averaging,
+        "temperature": round(calibration.temperature, 4),
+        "threshold": round(calibration.threshold, 4),
         "provenance": {},
-    }  # fmt: skip
+    }
     write_manifest(folder, manifest)
     return manifest
 

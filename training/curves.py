@@ -33,9 +33,11 @@ def threshold_chart(oof: OutOfFold, p: np.ndarray, chosen: dict[str, Any]) -> Ch
     called = [p >= cut for cut in cuts]
     low, high = chosen["threshold_interval"]
     chart.band(low, high, "var(--atypical)", "95% of the best cuts")
-    for name, score, colour, dash in (("sensitivity", sensitivity, "var(--warn)", "5 3"),
-                                      ("specificity", specificity, "var(--normal)", "2 3"),
-                                      ("balanced accuracy", balanced_accuracy, "var(--accent)", "")):  # fmt: skip
+    for name, score, colour, dash in (
+        ("sensitivity", sensitivity, "var(--warn)", "5 3"),
+        ("specificity", specificity, "var(--normal)", "2 3"),
+        ("balanced accuracy", balanced_accuracy, "var(--accent)", ""),
+    ):
         y = np.array([score(oof.labels, one) for one in called])
         chart.line(cuts[y >= 0.4], y[y >= 0.4], colour, name, dash=dash)
     chart.line([chosen["threshold"]] * 2, [0.4, 1], "var(--atypical)", f"chosen, {chosen['threshold']:.3f}", 1.5)

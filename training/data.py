@@ -59,8 +59,10 @@ def load_set(place: Path) -> tuple[Layout, list[Crop], list[str]]:
     check_folders(crops)
     atypical = sum(crop.label for crop in crops)
     if layout.crops and (len(crops), atypical) != (layout.crops, layout.atypical):
-        notes.append(f"{layout.name}: {layout.crops:,} crops with {layout.atypical:,} atypical are published, "
-                     f"{len(crops):,} with {atypical:,} are here")  # fmt: skip
+        notes.append(
+            f"{layout.name}: {layout.crops:,} crops with {layout.atypical:,} atypical are published, "
+            f"{len(crops):,} with {atypical:,} are here"
+        )
     return layout, crops, notes
 
 
@@ -190,7 +192,10 @@ def describe(crops: Sequence[Crop]) -> dict[str, Any]:
     sets = Counter(crop.name.split("/")[0] if "/" in crop.name else "plain CSV" for crop in crops)
     domains = Counter(crop.domain for crop in crops)
     return {
-        "sets": dict(sets), "crops": len(crops), "atypical": sum(crop.label for crop in crops),
+        "sets": dict(sets),
+        "crops": len(crops),
+        "atypical": sum(crop.label for crop in crops),
         "groups": len({crop.group for crop in crops}),
-        "domains": {name: domains[name] for name in sorted(domains)}, "sha256": table_hash(crops),
-    }  # fmt: skip
+        "domains": {name: domains[name] for name in sorted(domains)},
+        "sha256": table_hash(crops),
+    }

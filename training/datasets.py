@@ -23,8 +23,10 @@ def run(options: argparse.Namespace) -> None:
         return
     crops = load_data(options.data)
     summary = describe(crops)
-    print(f"together: {summary['crops']:,} crops, {summary['atypical']:,} atypical "
-          f"({summary['atypical'] / summary['crops']:.1%}), {summary['groups']:,} slides or cases")  # fmt: skip
+    print(
+        f"together: {summary['crops']:,} crops, {summary['atypical']:,} atypical "
+        f"({summary['atypical'] / summary['crops']:.1%}), {summary['groups']:,} slides or cases"
+    )
     width = max(map(len, summary["domains"]))
     for name, count in summary["domains"].items():
         atypical = sum(crop.label for crop in crops if crop.domain == name)

@@ -63,17 +63,25 @@ def run(options: argparse.Namespace) -> None:
     if options.include_base:
         shutil.copyfile(base, options.output / base.name)
     manifest: dict[str, Any] = {
-        "format": 1, "name": options.name or options.output.name, **describe_member(recipe, base), "folds": folds,
-        "tta": calibration["tta"], "averaging": calibration["averaging"],
-        "temperature": round(calibration["temperature"], 4), "threshold": round(calibration["threshold"], 4),
-        "precision": UNMEASURED, "provenance": provenance(options.run, settings, calibration),
-    }  # fmt: skip
+        "format": 1,
+        "name": options.name or options.output.name,
+        **describe_member(recipe, base),
+        "folds": folds,
+        "tta": calibration["tta"],
+        "averaging": calibration["averaging"],
+        "temperature": round(calibration["temperature"], 4),
+        "threshold": round(calibration["threshold"], 4),
+        "precision": UNMEASURED,
+        "provenance": provenance(options.run, settings, calibration),
+    }
     write_manifest(options.output, manifest)
     check_ensemble(load_manifest(options.output))
     [manifest["precision"]] = measure_drift(options.output, some_crops(options.run), options.device)
     write_manifest(options.output, manifest)
-    print(f"{options.output}: {len(folds)} folds, threshold {manifest['threshold']}, tta {manifest['tta']}, "
-          f"leave one fold out: {describe(calibration)}")  # fmt: skip
+    print(
+        f"{options.output}: {len(folds)} folds, threshold {manifest['threshold']}, tta {manifest['tta']}, "
+        f"leave one fold out: {describe(calibration)}"
+    )
     print(f"largest change of P(atypical) to fp32: {manifest['precision']}")
 
 

@@ -142,10 +142,17 @@ def omg_octo(file: Path, rows: list[Row], notes: list[str]) -> list[Crop]:
         notes.append(f"OMG-Octo: {len(rows) - len(kept)} rows are neither AMF nor MF; left out")
     notes.append("OMG-Octo: tumours and scanners are not in its table; it counts as one domain")
     return [
-        Crop(images.get(name, file.parent / name), parse_label(row["label"], str(file)),
-             f"OMG-Octo/{name.split('_')[0]}", "OMG-Octo", (), f"OMG-Octo/{name}")
-        for row in kept for name in [Path(row["image_file"]).name]
-    ]  # fmt: skip
+        Crop(
+            images.get(name, file.parent / name),
+            parse_label(row["label"], str(file)),
+            f"OMG-Octo/{name.split('_')[0]}",
+            "OMG-Octo",
+            (),
+            f"OMG-Octo/{name}",
+        )
+        for row in kept
+        for name in [Path(row["image_file"]).name]
+    ]
 
 
 def atnorm(file: Path, rows: list[Row], notes: list[str]) -> list[Crop]:
@@ -214,18 +221,57 @@ class Layout:
 
 BENCHMARK = "github.com/DeepMicroscopy/AMi-Br_Benchmark (arXiv 2506.21444)"
 LAYOUTS = (
-    Layout("AMi-Br (benchmark split)", frozenset(["dataset_uid", "final_label", "slide"]), ami_br_split, BENCHMARK,
-           "amibr_train_split.csv, Atypical/, Normal/", 2894, 648),
-    Layout("AMi-Br", frozenset(["uid", "majority_atypical", "slide"]), ami_br_own,
-           "github.com/DeepMicroscopy/AMi-Br (arXiv 2501.04467)", "AMI-BR.csv, patches/", 3720, 832),
-    Layout("MIDOG25", frozenset(["image_id", "filename", "majority", "Tumor", "Scanner"]), midog25,
-           "doi.org/10.5281/zenodo.16044804",
-           "MIDOG25_Atypical_Classification_Train_Set.csv, MIDOG25_Binary_Classification_Train_Set/", 11937, 1748),
-    Layout("OMG-Octo", frozenset(["image_file", "label"]), omg_octo, "doi.org/10.5281/zenodo.16107743",
-           "a CSV with image_file and label, and the crops", 1757, 1378),
-    Layout("AtNorM-MD", frozenset(["Filename", "Majority"]), atnorm, BENCHMARK,
-           "AtNorM-MD_expert_votes.csv, Atypical/, Normal/", 2107, 219),
+    Layout(
+        "AMi-Br (benchmark split)",
+        frozenset(["dataset_uid", "final_label", "slide"]),
+        ami_br_split,
+        BENCHMARK,
+        "amibr_train_split.csv, Atypical/, Normal/",
+        2894,
+        648,
+    ),
+    Layout(
+        "AMi-Br",
+        frozenset(["uid", "majority_atypical", "slide"]),
+        ami_br_own,
+        "github.com/DeepMicroscopy/AMi-Br (arXiv 2501.04467)",
+        "AMI-BR.csv, patches/",
+        3720,
+        832,
+    ),
+    Layout(
+        "MIDOG25",
+        frozenset(["image_id", "filename", "majority", "Tumor", "Scanner"]),
+        midog25,
+        "doi.org/10.5281/zenodo.16044804",
+        "MIDOG25_Atypical_Classification_Train_Set.csv, MIDOG25_Binary_Classification_Train_Set/",
+        11937,
+        1748,
+    ),
+    Layout(
+        "OMG-Octo",
+        frozenset(["image_file", "label"]),
+        omg_octo,
+        "doi.org/10.5281/zenodo.16107743",
+        "a CSV with image_file and label, and the crops",
+        1757,
+        1378,
+    ),
+    Layout(
+        "AtNorM-MD",
+        frozenset(["Filename", "Majority"]),
+        atnorm,
+        BENCHMARK,
+        "AtNorM-MD_expert_votes.csv, Atypical/, Normal/",
+        2107,
+        219,
+    ),
     Layout("AtNorM-Br", frozenset(), atnorm, BENCHMARK, "Atypical/ and Normal/ in a folder called AtNorM-Br", 746, 128),
-    Layout("plain CSV", frozenset(["path", "label", "group", "domain"]), plain, "your own",
-           "a CSV with path, label, group, domain and, if wanted, votes, tumour, scanner, origin"),
-)  # fmt: skip
+    Layout(
+        "plain CSV",
+        frozenset(["path", "label", "group", "domain"]),
+        plain,
+        "your own",
+        "a CSV with path, label, group, domain and, if wanted, votes, tumour, scanner, origin",
+    ),
+)

@@ -97,10 +97,22 @@ async def _fit_one(number: int, slots: asyncio.Queue[str], threads: int, argumen
     gpu = await slots.get()
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "training", "fit", *arguments, "--fold", str(number), "--parent", str(os.getpid()),
-        env=environment | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}), limit=2**20, stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, process_group=0,  # Ctrl-C is the parent's
-    )  # fmt: skip
+        sys.executable,
+        "-m",
+        "training",
+        "fit",
+        *arguments,
+        "--fold",
+        str(number),
+        "--parent",
+        str(os.getpid()),
+        env=environment | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}),
+        limit=2**20,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        process_group=0,  # Ctrl-C is the parent's
+    )
     try:
         async for raw in process.stdout:  # type: ignore[union-attr]
             line = raw.decode(errors="replace").rstrip()

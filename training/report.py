@@ -27,9 +27,13 @@ from .curves import curves_chart, reliability_chart, roc_chart, threshold_chart
 
 FEW = 10  # atypical crops: with fewer, one crop moves the balanced accuracy of a domain by more than five points
 NAMES = {
-    "balanced_accuracy": "Balanced accuracy", "sensitivity": "Sensitivity", "specificity": "Specificity", "auc": "AUC",
-    "brier": "Brier", "ece": "ECE",
-}  # fmt: skip
+    "balanced_accuracy": "Balanced accuracy",
+    "sensitivity": "Sensitivity",
+    "specificity": "Specificity",
+    "auc": "AUC",
+    "brier": "Brier",
+    "ece": "ECE",
+}
 STYLE = """
 figure { margin: 0; }
 figcaption { display: flex; flex-wrap: wrap; gap: .15rem .9rem; margin-top: .3rem; }
@@ -73,17 +77,30 @@ def report(run: Path) -> str:
     pooled, spans = scores(oof.labels, p, threshold), intervals(oof.labels, p, oof.groups, threshold)
     histories = [_history(run / f"fold{fold}" / "metrics.csv") for fold in np.unique(oof.folds)]
     panels = [
-        _panel("Leave one fold out", _left_out(chosen) + f"""<p class="small muted">{counts}. Each fold is scored with
+        _panel(
+            "Leave one fold out",
+            _left_out(chosen)
+            + f"""<p class="small muted">{counts}. Each fold is scored with
             the TTA, averaging, temperature, shift and threshold that the other folds choose. In brackets: 95%
-            intervals from resampled slides, with the thresholds chosen anew in each resample.</p>""", wide=True),
-        _panel("At the shipped threshold", _numbers(pooled, spans) + f"""<p class="small muted">Called atypical from
+            intervals from resampled slides, with the thresholds chosen anew in each resample.</p>""",
+            wide=True,
+        ),
+        _panel(
+            "At the shipped threshold",
+            _numbers(pooled, spans)
+            + f"""<p class="small muted">Called atypical from
             P = {threshold:.3f} on; TTA {chosen["tta"]}, mean {chosen["averaging"]}, temperature
             {chosen["temperature"]:.2f}, shift {chosen["shift"]:+.2f}: all chosen on these same crops, which flatters.
-            In brackets: 95% intervals from resampled slides, with the threshold held fixed.</p>""", wide=True),
+            In brackets: 95% intervals from resampled slides, with the threshold held fixed.</p>""",
+            wide=True,
+        ),
         _panel("ROC", roc_chart(oof, p, threshold).svg()),
-        _panel("Threshold", threshold_chart(oof, p, chosen).svg()
-               + f"""<p class="small muted">At 0.5 on uncalibrated probabilities, the balanced accuracy would be
-               {chosen["balanced_accuracy_at_half"]:.4f}.</p>"""),
+        _panel(
+            "Threshold",
+            threshold_chart(oof, p, chosen).svg()
+            + f"""<p class="small muted">At 0.5 on uncalibrated probabilities, the balanced accuracy would be
+               {chosen["balanced_accuracy_at_half"]:.4f}.</p>""",
+        ),
         _panel("Reliability", reliability_chart(oof, raw, p).svg()),
         _panel("Confusion", _confusion(oof.labels, p >= threshold)),
         _panel("Loss", curves_chart(histories, ("loss", "validation_loss"), "loss").svg()),
@@ -93,7 +110,7 @@ def report(run: Path) -> str:
         _panel("Test-time augmentation, by AUC", _tried(chosen)),
         _panel("Data", _facts(data) if data else "<p>This run has no data.json.</p>"),
         _panel("Settings", f"<details><summary>The whole recipe</summary>{_facts(settings)}</details>"),
-    ]  # fmt: skip
+    ]
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -165,14 +182,20 @@ def _confusion(labels: np.ndarray, called: np.ndarray) -> str:
             for hit, n in ((1, int(of_class.sum())), (0, int((~of_class).sum())))
         )
         rows.append(f'<tr><th scope="row" class="{name}">is {name}</th>{cells}</tr>')
-    return ('<table class="confusion"><thead><tr><td></td><th scope="col">called atypical</th>'
-            f'<th scope="col">called normal</th></tr></thead><tbody>{"".join(rows)}</tbody></table>')  # fmt: skip
+    return (
+        '<table class="confusion"><thead><tr><td></td><th scope="col">called atypical</th>'
+        f'<th scope="col">called normal</th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    )
 
 
 def _table(
-    oof: OutOfFold, p: np.ndarray, threshold: float, keys: np.ndarray, title: str,
+    oof: OutOfFold,
+    p: np.ndarray,
+    threshold: float,
+    keys: np.ndarray,
+    title: str,
     pooled: tuple[dict[str, float], dict[str, tuple[float, float]]] | None,
-) -> str:  # fmt: skip
+) -> str:
     """One row of scores, counts and intervals for each of `keys`, then all of them pooled or their mean and worst."""
 
     def row(name: str, n: str, found: dict[str, float], spans: dict[str, tuple[float, float]], kind: str = "") -> str:
@@ -217,8 +240,10 @@ def _tried(chosen: dict[str, Any]) -> str:
         for tta, auc in chosen["tried"].items()
     )
     head = '<th></th><th scope="col">mean of logits</th><th scope="col">mean of probabilities</th>'
-    return (f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-            '<p class="small muted">In bold: what calibration chose.</p>')  # fmt: skip
+    return (
+        f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        '<p class="small muted">In bold: what calibration chose.</p>'
+    )
 
 
 def _facts(content: dict[str, Any], prefix: str = "") -> str:
@@ -226,9 +251,10 @@ def _facts(content: dict[str, Any], prefix: str = "") -> str:
 
     def rows(part: dict[str, Any], prefix: str) -> str:
         return "".join(
-            rows(value, f"{prefix}{key}: ") if isinstance(value, dict)
+            rows(value, f"{prefix}{key}: ")
+            if isinstance(value, dict)
             else f'<tr><th scope="row">{escape(prefix + str(key))}</th><td>{escape(str(value))}</td></tr>'
             for key, value in part.items()
-        )  # fmt: skip
+        )
 
     return f'<table class="facts"><tbody>{rows(content, prefix)}</tbody></table>'

@@ -21,8 +21,11 @@ def subsets(count: int) -> list[tuple[int, ...]]:
 def every_choice(count: int) -> Iterator[Choice]:
     """All sets of members with all views of each, or with the same views for all where there are many members."""
     for members in subsets(count):
-        each = itertools.product(TTA_VIEWS, repeat=len(members)) if count <= MANY else (
-            (tta,) * len(members) for tta in TTA_VIEWS)  # fmt: skip
+        each = (
+            itertools.product(TTA_VIEWS, repeat=len(members))
+            if count <= MANY
+            else ((tta,) * len(members) for tta in TTA_VIEWS)
+        )
         for tta in each:
             yield Choice(members, tuple(tta))
 

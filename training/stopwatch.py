@@ -52,8 +52,16 @@ def cold_start(ensemble: Path, job: Path, device: str) -> tuple[float, dict[str,
     output = job.parent / "answers"
     output.mkdir(exist_ok=True)
     details = output / "details.json"
-    command = [sys.executable, "-m", "inference", f"--input={job}", f"--output={output}", f"--weights={ensemble}",
-               f"--device={device}", f"--details={details}"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "inference",
+        f"--input={job}",
+        f"--output={output}",
+        f"--weights={ensemble}",
+        f"--device={device}",
+        f"--details={details}",
+    ]
     start = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:

@@ -31,8 +31,25 @@ from .processes import say
 from .recipe import Recipe, load_recipe
 from .splits import KINDS
 
-COLUMNS = ("backbone", "split", "rank", "trainable", "folds", "balanced_accuracy", "low", "high", "fold_mean",
-           "fold_sd", "worst_domain", "sensitivity", "specificity", "auc", "threshold", "tta", "seconds")  # fmt: skip
+COLUMNS = (
+    "backbone",
+    "split",
+    "rank",
+    "trainable",
+    "folds",
+    "balanced_accuracy",
+    "low",
+    "high",
+    "fold_mean",
+    "fold_sd",
+    "worst_domain",
+    "sensitivity",
+    "specificity",
+    "auc",
+    "threshold",
+    "tta",
+    "seconds",
+)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -130,8 +147,19 @@ def write_tables(folder: Path, rows: Sequence[dict[str, Any]], recipe: str) -> N
         writer = csv.DictWriter(out, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    head = ("backbone", "split", "rank", "trainable", "balanced accuracy", "folds", "worst domain", "sensitivity",
-            "specificity", "AUC", "minutes")  # fmt: skip
+    head = (
+        "backbone",
+        "split",
+        "rank",
+        "trainable",
+        "balanced accuracy",
+        "folds",
+        "worst domain",
+        "sensitivity",
+        "specificity",
+        "AUC",
+        "minutes",
+    )
     lines = [
         f"Out-of-fold metrics, recipe `{Path(recipe).stem}`, alpha / rank constant; each fold's threshold is chosen on",
         "the others. In brackets: 95% interval from resampled slides; folds: mean and standard deviation. Random",
@@ -142,10 +170,17 @@ def write_tables(folder: Path, rows: Sequence[dict[str, Any]], recipe: str) -> N
     ]
     for row in sorted(rows, key=lambda row: -row["balanced_accuracy"]):
         cells = (
-            row["backbone"], row["split"], row["rank"], f"{row['trainable']:,}",
+            row["backbone"],
+            row["split"],
+            row["rank"],
+            f"{row['trainable']:,}",
             f"{row['balanced_accuracy']:.4f} [{row['low']:.3f}, {row['high']:.3f}]",
-            f"{row['fold_mean']:.4f} ± {row['fold_sd']:.4f}", f"{row['worst_domain']:.3f}", f"{row['sensitivity']:.3f}",
-            f"{row['specificity']:.3f}", f"{row['auc']:.4f}", f"{row['seconds'] / 60:.1f}",
-        )  # fmt: skip
+            f"{row['fold_mean']:.4f} ± {row['fold_sd']:.4f}",
+            f"{row['worst_domain']:.3f}",
+            f"{row['sensitivity']:.3f}",
+            f"{row['specificity']:.3f}",
+            f"{row['auc']:.4f}",
+            f"{row['seconds'] / 60:.1f}",
+        )
         lines.append(f"| {' | '.join(map(str, cells))} |")
     (folder / "sweep.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

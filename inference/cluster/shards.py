@@ -185,8 +185,10 @@ def table_shards(location: str, path: str, size: int, named: Named) -> list[Shar
         file = os.path.realpath(item.path)
         pages = rows.setdefault(file, {})
         if file in named or (None in pages and item.page is not None) or (item.page is None and pages.keys() - {None}):
-            raise UserError(f"{item.path} is in {path}, and is named in another way too; expected each crop once; "
-                            "leave it out of one")  # fmt: skip
+            raise UserError(
+                f"{item.path} is in {path}, and is named in another way too; expected each crop once; "
+                "leave it out of one"
+            )
         if pages.setdefault(item.page, metadata) is metadata:
             entries.append((item.path, item.page, metadata))
         elif pages[item.page] != metadata:

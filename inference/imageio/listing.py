@@ -55,8 +55,11 @@ def list_crops(paths: Sequence[Path], labels: str | None = None, domains: str | 
         if not found:
             raise UserError(f"no crops in {path}; expected {', '.join(SUFFIXES)}; check the path")
         for item in found:
-            item = replace(item, path=f"./{item.path}" if item.path.startswith(FORMULA) else item.path,
-                           file=os.path.realpath(item.path))  # fmt: skip
+            item = replace(
+                item,
+                path=f"./{item.path}" if item.path.startswith(FORMULA) else item.path,
+                file=os.path.realpath(item.path),
+            )
             before = items.get((item.file, item.page))
             items[item.file, item.page] = merged(before, item) if before else item
     return [

@@ -52,9 +52,18 @@ READ = (
 )
 RAW = 1
 COMPRESSIONS = {
-    RAW: "none", 2: "CCITT", 3: "CCITT G3", 4: "CCITT G4", 5: "LZW", 7: "JPEG", 8: "deflate", 32773: "PackBits",
-    32946: "deflate", 50000: "Zstandard", 50001: "WebP",
-}  # fmt: skip
+    RAW: "none",
+    2: "CCITT",
+    3: "CCITT G3",
+    4: "CCITT G4",
+    5: "LZW",
+    7: "JPEG",
+    8: "deflate",
+    32773: "PackBits",
+    32946: "deflate",
+    50000: "Zstandard",
+    50001: "WebP",
+}
 PHOTOMETRICS = {0: "white is zero", 1: "black is zero", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr"}
 
 

@@ -41,8 +41,13 @@ class Attribution:
         largest = float(np.abs(self.values).max())
         bytes_ = np.round(self.values / (largest or 1) * 127 + 128).astype(np.uint8)
         text = base64.b64encode(bytes_.tobytes()).decode()
-        return {"side": len(self.values), "largest": round(largest, 4), "centre": round(self.centre, 4),
-                "area": round(self.area, 4), "values": text}  # fmt: skip
+        return {
+            "side": len(self.values),
+            "largest": round(largest, 4),
+            "centre": round(self.centre, 4),
+            "area": round(self.area, 4),
+            "values": text,
+        }
 
 
 def bumps(side: int) -> np.ndarray:

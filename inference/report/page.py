@@ -59,10 +59,17 @@ def is_report(file: Path) -> bool:
 
 
 def write_report(
-    rows: Sequence[Answer], crops: Iterable[np.ndarray | Picture], manifest: Manifest | None, file: Path, *,
-    title: str = "", threshold: float | None = None, settings: dict[str, str] | None = None,
-    attributions: Sequence[Attribution | None] | None = None, overview: str = "",
-) -> Path:  # fmt: skip
+    rows: Sequence[Answer],
+    crops: Iterable[np.ndarray | Picture],
+    manifest: Manifest | None,
+    file: Path,
+    *,
+    title: str = "",
+    threshold: float | None = None,
+    settings: dict[str, str] | None = None,
+    attributions: Sequence[Attribution | None] | None = None,
+    overview: str = "",
+) -> Path:
     """Write the report of `rows` to `file`, whole or not at all.
 
     crops: one for each row, in the same order; an iterator is read once, so they need not fit into memory

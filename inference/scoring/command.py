@@ -110,8 +110,10 @@ def on_cluster(options: argparse.Namespace) -> int:
     try:
         from ..cluster import command as cluster
     except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is not installed; expected what requirements/ray.txt lists; run "
-                        "./build.sh --engine native --requirements requirements/ray.txt") from None  # fmt: skip
+        raise UserError(
+            f"{error.name} is not installed; expected what requirements/ray.txt lists; run "
+            "./build.sh --engine native --requirements requirements/ray.txt"
+        ) from None
     return cluster.run(options)
 
 

@@ -90,10 +90,17 @@ class Run:
                 try:
                     self.results.append(
                         score_slide(
-                            file, targets, self.cutting, ensemble, kept, pool, self.complain, tick,
+                            file,
+                            targets,
+                            self.cutting,
+                            ensemble,
+                            kept,
+                            pool,
+                            self.complain,
+                            tick,
                             self.options.report is not None,
                         )
-                    )  # fmt: skip
+                    )
                     self.new += self.results[-1].new
                 except UserError as error:
                     rest = [target.name for target in targets if target.name not in self.failed]
@@ -124,10 +131,12 @@ class Run:
             write_report(
                 [answer for one in results for answer in one.answers],
                 [small for one in results for small in one.pictures],
-                manifest, options.report, title=options.detections[0].name,
+                manifest,
+                options.report,
+                title=options.detections[0].name,
                 settings={"inference": f"version {__version__}, {date.today().isoformat()}"} | self.settings,
                 overview=overview(results, self.summaries, manifest),
-            )  # fmt: skip
+            )
 
 
 def check_outputs(options: argparse.Namespace, found: Collected, manifest: Manifest) -> Path:

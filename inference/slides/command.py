@@ -212,8 +212,10 @@ def run(options: argparse.Namespace) -> int:
                 )
             table = cutting.write_table(detections, others)
         except OSError as error:
-            raise UserError(f"cannot write {error.filename} ({error.strerror}); expected a writable folder with space "
-                            "left; run the same command again") from None  # fmt: skip
+            raise UserError(
+                f"cannot write {error.filename} ({error.strerror}); expected a writable folder with space "
+                "left; run the same command again"
+            ) from None
         except KeyboardInterrupt:
             print(f"\nstopped after {cutting.new:,} new crops; the same command resumes it", file=sys.stderr)
             return INTERRUPTED

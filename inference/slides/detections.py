@@ -46,8 +46,10 @@ def read_detections(table: Path) -> tuple[list[Detection], list[str], list[str]]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{table} cannot be read ({error}); expected CSV in UTF-8 with slide, x, y") from None
     if not set(REQUIRED) <= set(columns) or set(RESERVED) & set(columns) or len(set(columns)) < len(columns):
-        raise UserError(f"{table} has the columns {columns}; expected {', '.join(REQUIRED)} and others, each once and "
-                        f"none called {' or '.join(RESERVED)}; rename them")  # fmt: skip
+        raise UserError(
+            f"{table} has the columns {columns}; expected {', '.join(REQUIRED)} and others, each once and "
+            f"none called {' or '.join(RESERVED)}; rename them"
+        )
     if not rows:
         raise UserError(f"{table} has no rows; expected one for each detection; check it")
     others = [n for n, name in enumerate(columns) if name not in REQUIRED]

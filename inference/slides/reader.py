@@ -63,9 +63,12 @@ class Slide:
             return True
 
     def each(
-        self, places: Sequence[tuple[float, float]], side: int, use: Callable[[int, Image.Image], T],
+        self,
+        places: Sequence[tuple[float, float]],
+        side: int,
+        use: Callable[[int, Image.Image], T],
         pool: ThreadPoolExecutor,
-    ) -> Iterator[T | UserError]:  # fmt: skip
+    ) -> Iterator[T | UserError]:
         """`use(n, crop)` of the crop at each place, called in the pool's threads, or why it could not be read.
 
         In the order of `places`, level-0 pixels. An exception of `use` other than UserError ends it.

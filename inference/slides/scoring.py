@@ -114,9 +114,16 @@ def look(crop: Image.Image) -> np.ndarray:
 
 
 def score_slide(
-    file: Path, targets: Sequence[Target], cutting: Cutting, ensemble: Ensemble, journal: Journal,
-    pool: ThreadPoolExecutor, complain: Complain, tick: Callable[[int, int], None], keep_pictures: bool,
-) -> Scored:  # fmt: skip
+    file: Path,
+    targets: Sequence[Target],
+    cutting: Cutting,
+    ensemble: Ensemble,
+    journal: Journal,
+    pool: ThreadPoolExecutor,
+    complain: Complain,
+    tick: Callable[[int, int], None],
+    keep_pictures: bool,
+) -> Scored:
     """All objects of one slide. UserError where it cannot be read, or changed meanwhile: then none of it counts.
 
     tick(done, new): called after each batch. complain: called for each object that cannot be scored.
@@ -187,6 +194,11 @@ def score_slide(
         raise UserError("it changed while it was read; expected it to stay; run the same command again")
     scored = sorted(answers)
     return Scored(
-        file, slide, [targets[n] for n in scored], [found[n] for n in scored], [answers[n] for n in scored],
-        [pictures[n] for n in scored if n in pictures], new,
-    )  # fmt: skip
+        file,
+        slide,
+        [targets[n] for n in scored],
+        [found[n] for n in scored],
+        [answers[n] for n in scored],
+        [pictures[n] for n in scored if n in pictures],
+        new,
+    )

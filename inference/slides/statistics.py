@@ -89,12 +89,17 @@ class Summary:
         low, high = wilson(self.atypical, self.figures)
         spots = {"hotspot": self.hottest, "atypical_hotspot": self.hottest_atypical}
         row: dict[str, object] = {
-            "slide": self.slide, "figures": self.figures, "atypical": self.atypical, "not_scored": self.failed,
+            "slide": self.slide,
+            "figures": self.figures,
+            "atypical": self.atypical,
+            "not_scored": self.failed,
             "atypical_share": "" if self.share is None else round(self.share, 6),
-            "share_low": round(low, 6), "share_high": round(high, 6),
+            "share_low": round(low, 6),
+            "share_high": round(high, 6),
             "area_mm2": "" if self.area is None else round(self.area, 6),
-            "figures_per_mm2": self.density(0), "atypical_per_mm2": self.density(1),
-        }  # fmt: skip
+            "figures_per_mm2": self.density(0),
+            "atypical_per_mm2": self.density(1),
+        }
         for name, spot in spots.items():
             row[f"{name}_figures"] = spot.count if spot else 0
             row[f"{name}_x"], row[f"{name}_y"] = (round(spot.x), round(spot.y)) if spot else ("", "")

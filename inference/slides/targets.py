@@ -51,9 +51,13 @@ class Collected:
 
 
 def collect(
-    files: Sequence[Path], slide: Path | None, folder: Path | None, classes: Sequence[str], region: str | None,
+    files: Sequence[Path],
+    slide: Path | None,
+    folder: Path | None,
+    classes: Sequence[str],
+    region: str | None,
     complain: Complain,
-) -> Collected:  # fmt: skip
+) -> Collected:
     """Read all files. classes: only objects of these (none: of any); region: the class of outlines of an area.
 
     UserError where a file cannot be read at all, or nothing is left; each object that makes no sense is complained of.
@@ -73,9 +77,17 @@ def collect(
 
 
 def take(
-    found: Collected, file: Path, one: Found, theirs: bool, ids: set[str], slide: Path | None, folder: Path | None,
-    wanted: set[str], region: str | None, complain: Complain,
-) -> None:  # fmt: skip
+    found: Collected,
+    file: Path,
+    one: Found,
+    theirs: bool,
+    ids: set[str],
+    slide: Path | None,
+    folder: Path | None,
+    wanted: set[str],
+    region: str | None,
+    complain: Complain,
+) -> None:
     """Put one object where it belongs, or complain of it."""
     kind = "" if isinstance(one.feature, UserError) else class_of(one.feature)
     found.classes[kind] += 1

@@ -63,9 +63,16 @@ def fuzz(name: str, seconds: int, runs: int, corpus: Path) -> tuple[dict[str, in
     found = REGRESSIONS / name
     found.mkdir(parents=True, exist_ok=True)
     flags = [
-        str(corpus / name), f"-artifact_prefix={found}/", f"-timeout={TIMEOUT}", f"-rss_limit_mb={MEMORY}",
-        f"-max_total_time={seconds}", f"-runs={runs}", "-print_final_stats=1", "-max_len=65536", "-len_control=0",
-    ]  # fmt: skip
+        str(corpus / name),
+        f"-artifact_prefix={found}/",
+        f"-timeout={TIMEOUT}",
+        f"-rss_limit_mb={MEMORY}",
+        f"-max_total_time={seconds}",
+        f"-runs={runs}",
+        "-print_final_stats=1",
+        "-max_len=65536",
+        "-len_control=0",
+    ]
     command = [sys.executable, "-m", "test.fuzz", "--here", name, *flags]
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(prefix="fuzz-", dir=memory) as folder:  # libFuzzer ends without cleaning up

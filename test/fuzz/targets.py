@@ -94,9 +94,16 @@ def adapter() -> Path:
     state["base_model.model.head.bias"] = np.ones(1, np.float32)
     save_file(state, folder / "adapter_model.safetensors")
     config = {
-        "peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": "blocks\\.\\d+\\.attn\\.qkv", "bias": "none",
-        "init_lora_weights": True, "modules_to_save": ["head"], "use_rslora": False, "rank_pattern": {},
-    }  # fmt: skip
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": "blocks\\.\\d+\\.attn\\.qkv",
+        "bias": "none",
+        "init_lora_weights": True,
+        "modules_to_save": ["head"],
+        "use_rslora": False,
+        "rank_pattern": {},
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     read_adapter(folder, LAYERS)
     return folder

@@ -66,19 +66,41 @@ def test_reads_what_peft_saves(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True), ("bias", "all"), ("fan_in_fan_out", True), ("rank_pattern", {"qkv": 8}),
+        ("use_dora", True),
+        ("bias", "all"),
+        ("fan_in_fan_out", True),
+        ("rank_pattern", {"qkv": 8}),
         ("peft_type", "IA3"),
-        ("alpha_pattern", {"qkv": 8}), ("layers_to_transform", [0]), ("lora_bias", True), ("exclude_modules", ["qkv"]),
-        ("target_parameters", ["x"]), ("init_lora_weights", "pissa"), ("init_lora_weights", "olora"),
-        ("layer_replication", [[0, 1]]), ("use_qalora", True), ("trainable_token_indices", [1]), ("a_new_one", "yes"),
-        ("r", 0), ("r", -1), ("r", True), ("r", "4"), ("r", 10**400), ("r", KeyError), ("r", 8),
-        ("lora_alpha", math.nan), ("lora_alpha", math.inf), ("lora_alpha", 10**400), ("lora_alpha", 0),
+        ("alpha_pattern", {"qkv": 8}),
+        ("layers_to_transform", [0]),
+        ("lora_bias", True),
+        ("exclude_modules", ["qkv"]),
+        ("target_parameters", ["x"]),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "olora"),
+        ("layer_replication", [[0, 1]]),
+        ("use_qalora", True),
+        ("trainable_token_indices", [1]),
+        ("a_new_one", "yes"),
+        ("r", 0),
+        ("r", -1),
+        ("r", True),
+        ("r", "4"),
+        ("r", 10**400),
+        ("r", KeyError),
+        ("r", 8),
+        ("lora_alpha", math.nan),
+        ("lora_alpha", math.inf),
+        ("lora_alpha", 10**400),
+        ("lora_alpha", 0),
         ("lora_alpha", None),
-        ("target_modules", []), ("target_modules", ""), ("target_modules", "all-linear"),
+        ("target_modules", []),
+        ("target_modules", ""),
+        ("target_modules", "all-linear"),
         ("target_modules", "blocks.*"),
         ("target_modules", ["proj", "qkv"]),
     ],
-)  # fmt: skip
+)
 def test_refuses_settings_that_are_not_plain_lora(key: str, value: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"expected|adapts|pair of rank") as caught:
         read_adapter(write(tmp_path, **{key: value}), LAYERS)
@@ -88,11 +110,23 @@ def test_refuses_settings_that_are_not_plain_lora(key: str, value: Any, tmp_path
 @pytest.mark.parametrize(
     "target",
     [
-        None, 5, {"qkv": 1}, [1], ["x"] * 5000, "(", "x" * 501, "(a+)+b", "(a|a)*b", r"(.*)\1", "(?=a)b", "a*" * 5,
+        None,
+        5,
+        {"qkv": 1},
+        [1],
+        ["x"] * 5000,
+        "(",
+        "x" * 501,
+        "(a+)+b",
+        "(a|a)*b",
+        r"(.*)\1",
+        "(?=a)b",
+        "a*" * 5,
         "a?" * 20,
-        "(a|b)" * 20, "a{1,99999999999}",
+        "(a|b)" * 20,
+        "a{1,99999999999}",
     ],
-)  # fmt: skip
+)
 def test_refuses_expressions_that_may_never_end(target: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected a list of names, or a regular expression"):
         read_adapter(write(tmp_path, target_modules=target), LAYERS)
@@ -140,16 +174,29 @@ Q = "blocks.0.attn.qkv.lora_"
 @pytest.mark.parametrize(
     "state",
     [
-        {}, {f"{Q}A.weight": None}, {f"{Q}B.weight": None}, {"head.weight": None}, {"head.bias": None},
-        {"head.weight": torch.zeros(2, WIDTH)}, {"head.weight": torch.zeros(WIDTH)}, {"head.weight": torch.tensor(1.0)},
-        {"head.bias": torch.zeros(2)}, {f"{Q}A.weight": torch.zeros(5, WIDTH)}, {f"{Q}B.weight": torch.zeros(24, 5)},
-        {f"{Q}A.weight": torch.zeros(RANK)}, {f"{Q}A.weight": torch.zeros(RANK, WIDTH, 1, 1)},
-        {f"{Q}A.weight": torch.full((RANK, WIDTH), math.nan)}, {f"{Q}B.weight": torch.full((24, RANK), math.inf)},
-        {"head.bias": torch.tensor([math.nan])}, {f"{Q}A.weight": torch.zeros(RANK, WIDTH, dtype=torch.int32)},
-        {"blocks.0.mlp.fc1.lora_A.weight": torch.zeros(RANK, WIDTH)}, {"blocks.0.attn.qkv.bias": torch.zeros(24)},
-        {f":{Q}A.weight": torch.zeros(RANK, WIDTH)}, {"blocks.0.attn.qkv.lora_magnitude_vector": torch.zeros(24)},
+        {},
+        {f"{Q}A.weight": None},
+        {f"{Q}B.weight": None},
+        {"head.weight": None},
+        {"head.bias": None},
+        {"head.weight": torch.zeros(2, WIDTH)},
+        {"head.weight": torch.zeros(WIDTH)},
+        {"head.weight": torch.tensor(1.0)},
+        {"head.bias": torch.zeros(2)},
+        {f"{Q}A.weight": torch.zeros(5, WIDTH)},
+        {f"{Q}B.weight": torch.zeros(24, 5)},
+        {f"{Q}A.weight": torch.zeros(RANK)},
+        {f"{Q}A.weight": torch.zeros(RANK, WIDTH, 1, 1)},
+        {f"{Q}A.weight": torch.full((RANK, WIDTH), math.nan)},
+        {f"{Q}B.weight": torch.full((24, RANK), math.inf)},
+        {"head.bias": torch.tensor([math.nan])},
+        {f"{Q}A.weight": torch.zeros(RANK, WIDTH, dtype=torch.int32)},
+        {"blocks.0.mlp.fc1.lora_A.weight": torch.zeros(RANK, WIDTH)},
+        {"blocks.0.attn.qkv.bias": torch.zeros(24)},
+        {f":{Q}A.weight": torch.zeros(RANK, WIDTH)},
+        {"blocks.0.attn.qkv.lora_magnitude_vector": torch.zeros(24)},
     ],
-)  # fmt: skip
+)
 def test_refuses_tensors_that_do_not_fit(state: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"export|train"):
         read_adapter(write(tmp_path, changed(**state) if state else {}), LAYERS)
@@ -179,10 +226,18 @@ def test_refuses_files_that_are_not_safetensors(tmp_path: Path) -> None:
     right = file.read_bytes()
     header = b'{"x": {"dtype": "F32", "shape": [4294967296, 4294967296], "data_offsets": [0, 4]}}'
     for content in (
-        b"", b"x", pickle.dumps(Payload()), struct.pack("<Q", 1 << 62), struct.pack("<Q", 99_000_000) + b"{",
-        struct.pack("<Q", len(header)) + header + b"abcd", struct.pack("<Q", 50_000) + b"[" * 50_000,
-        right[:-1], right + b"x", right.replace(b"F32", b"F99"), right.replace(b'"shape":[4,8]', b'"shape":[4,9]'),
-    ):  # fmt: skip
+        b"",
+        b"x",
+        pickle.dumps(Payload()),
+        struct.pack("<Q", 1 << 62),
+        struct.pack("<Q", 99_000_000) + b"{",
+        struct.pack("<Q", len(header)) + header + b"abcd",
+        struct.pack("<Q", 50_000) + b"[" * 50_000,
+        right[:-1],
+        right + b"x",
+        right.replace(b"F32", b"F99"),
+        right.replace(b'"shape":[4,8]', b'"shape":[4,9]'),
+    ):
         file.write_bytes(content)
         with pytest.raises(UserError, match="expected safetensors"):
             read_adapter(tmp_path, LAYERS)

@@ -161,14 +161,22 @@ def test_impossible_probabilities_are_not_written(p: float, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "found",
     [
-        None, {}, [], [{"class": "normal"}], [{"class": "normal", "confidence": 0}], [[0.1]],
+        None,
+        {},
+        [],
+        [{"class": "normal"}],
+        [{"class": "normal", "confidence": 0}],
+        [[0.1]],
         [{"class": "normal", "confidence": True}],
-        [{"class": "Normal", "confidence": 0.1}], [{"class": 0, "confidence": 0.1}],
-        [{"class": "normal", "confidence": None}], [{"class": "normal", "confidence": math.nan}],
-        [{"class": "normal", "confidence": 0.9}], [{"class": "normal", "confidence": 0.1, "page": 0}],
+        [{"class": "Normal", "confidence": 0.1}],
+        [{"class": 0, "confidence": 0.1}],
+        [{"class": "normal", "confidence": None}],
+        [{"class": "normal", "confidence": math.nan}],
+        [{"class": "normal", "confidence": 0.9}],
+        [{"class": "normal", "confidence": 0.1, "page": 0}],
         [{"class": "normal", "confidence": 0.1}] * 2,
     ],
-)  # fmt: skip
+)
 def test_check_refuses(found: Any) -> None:
     with pytest.raises(ValueError):
         check_answers(found, 1, 0.5)

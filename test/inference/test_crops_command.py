@@ -31,8 +31,10 @@ def test_crops_are_the_drawn_pixels_and_columns_are_kept(slide, drawn, tmp_path)
     found = rows_of(tmp_path)
     assert list(found[0]) == ["path", "slide", "x", "y", "id", "label"]
     assert [(row["id"], row["label"], row["path"]) for row in found] == [
-        ("d1", "1", "case 1.tif/700_301.png"), ("d2", "0", "case 1.tif/333_900.png"),
-        ("d3", "1", "case 1.tif/1101_777.png")]  # fmt: skip
+        ("d1", "1", "case 1.tif/700_301.png"),
+        ("d2", "0", "case 1.tif/333_900.png"),
+        ("d3", "1", "case 1.tif/1101_777.png"),
+    ]
     for row, (x, y) in zip(found, FIGURES, strict=True):
         np.testing.assert_array_equal(crop(tmp_path, row["path"]), drawn[y - 64 : y + 64, x - 64 : x + 64])
 

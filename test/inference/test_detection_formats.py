@@ -73,11 +73,15 @@ def test_out_and_in_again_the_objects_are_the_same(name, manifest, tmp_path) -> 
 
 def test_classes_are_those_of_the_file(tmp_path) -> None:
     expected = {
-        "qupath.geojson": {"Mitosis"}, "cells.json": {"Neoplastic"}, "hovernet.json": {"1"},
+        "qupath.geojson": {"Mitosis"},
+        "cells.json": {"Neoplastic"},
+        "hovernet.json": {"1"},
         "tiatoolbox.json": {"0", "1"},
-        "coco.json": {"mitotic figure"}, "annotations.sqlite": {"mitotic figure"}, "tcga.json": {"typical", "atypical"},
+        "coco.json": {"mitotic figure"},
+        "annotations.sqlite": {"mitotic figure"},
+        "tcga.json": {"typical", "atypical"},
         "detections.csv": {""},
-    }  # fmt: skip
+    }
     for name, classes in expected.items():
         assert {class_of(one.feature) for one in targets(files.MAKERS[name](tmp_path / name, PLACES))} == classes
 

@@ -58,9 +58,14 @@ def job(tmp_path: Path) -> dict[str, Any]:
     make_input(tmp_path / "input", with_pillow([Image.fromarray(page) for page in stack(6, 16)]))
     paths = [f"--{name}={tmp_path / name}" for name in ("input", "output", "weights")]
     return {
-        "args": [sys.executable, "-c", STUBBED, *paths], "cwd": ROOT, "env": dict(os.environ), "text": True,
-        "timeout": 60, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE,
-    }  # fmt: skip
+        "args": [sys.executable, "-c", STUBBED, *paths],
+        "cwd": ROOT,
+        "env": dict(os.environ),
+        "text": True,
+        "timeout": 60,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+    }
 
 
 def left(folder: Path) -> list[str]:

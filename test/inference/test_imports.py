@@ -11,8 +11,22 @@ from random import Random
 from test.harness.layout import write_input
 from test.support.miniature import make_ensemble
 
-HEAVY = {"timm", "torchvision", "peft", "transformers", "accelerate", "pandas", "sklearn", "scipy", "matplotlib",
-         "cv2", "SimpleITK", "ray", "tensorboard", "huggingface_hub"}  # fmt: skip
+HEAVY = {
+    "timm",
+    "torchvision",
+    "peft",
+    "transformers",
+    "accelerate",
+    "pandas",
+    "sklearn",
+    "scipy",
+    "matplotlib",
+    "cv2",
+    "SimpleITK",
+    "ray",
+    "tensorboard",
+    "huggingface_hub",
+}
 
 
 def test_a_job_loads_torch_and_little_else(tmp_path):

@@ -43,11 +43,27 @@ def test_a_process_answers_logs_and_is_silent(miniature: Path, tmp_path: Path) -
         f"import sys; from inference.__main__ import main; code = main(); found = {set(FORBIDDEN)} & sys.modules.keys()"
     )
     done = subprocess.run(
-        [sys.executable, "-c", f"{code}; assert not found, found; sys.exit(code)", "--input", tmp_path / "input",
-         "--output", tmp_path / "output", "--weights", miniature, "--details", details, "--device", "cpu"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        [
+            sys.executable,
+            "-c",
+            f"{code}; assert not found, found; sys.exit(code)",
+            "--input",
+            tmp_path / "input",
+            "--output",
+            tmp_path / "output",
+            "--weights",
+            miniature,
+            "--details",
+            details,
+            "--device",
+            "cpu",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
         env={**os.environ, "PYTHONPATH": str(ROOT), "LC_ALL": "C", "PYTHONUTF8": "0", "HOME": "/nonexistent"},
-    )  # fmt: skip
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert os.listdir(tmp_path / "output") == [OUTPUT]
     answers = json.loads((tmp_path / "output" / OUTPUT).read_text())
@@ -83,10 +99,22 @@ def test_a_process_fails_with_one_line(tmp_path: Path) -> None:
     (tmp_path / "output" / OUTPUT).write_text("[]")  # of an earlier job: must not be taken for this one's
     make_input(tmp_path / "input", BAD["truncated-deflate.tiff"][0])
     done = subprocess.run(
-        [sys.executable, "-m", "inference", "--input", tmp_path / "input", "--output", tmp_path / "output",
-         "--weights", tmp_path / "weights"],
-        cwd=ROOT, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "inference",
+            "--input",
+            tmp_path / "input",
+            "--output",
+            tmp_path / "output",
+            "--weights",
+            tmp_path / "weights",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert (done.returncode, done.stdout, os.listdir(tmp_path / "output")) == (1, "", [])
     assert done.stderr.startswith("error: page ") and done.stderr.count("\n") == 1
 

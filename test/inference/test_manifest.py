@@ -117,17 +117,30 @@ def test_every_entry_is_needed_and_typed(several: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("temperature",), 0), (("temperature",), math.inf), (("threshold",), 0), (("threshold",), 1.0),
-        (("name",), "two\nlines"), (("name",), "\x1b[31mred"), (("name",), "x" * 101),
-        (("preprocess", "size"), 10**9), (("preprocess", "std"), [0.1, 0.1, 0]), (("preprocess", "extra"), 1),
-        (("preprocess", "mean"), [0.1, 0.1, math.nan]), (("precision",), {"fp8": 0.1}),
+        (("temperature",), 0),
+        (("temperature",), math.inf),
+        (("threshold",), 0),
+        (("threshold",), 1.0),
+        (("name",), "two\nlines"),
+        (("name",), "\x1b[31mred"),
+        (("name",), "x" * 101),
+        (("preprocess", "size"), 10**9),
+        (("preprocess", "std"), [0.1, 0.1, 0]),
+        (("preprocess", "extra"), 1),
+        (("preprocess", "mean"), [0.1, 0.1, math.nan]),
+        (("precision",), {"fp8": 0.1}),
         (("precision",), {"bf16": "low"}),
-        (("base", "file"), "base.pth"), (("base", "file"), ".hidden.safetensors"),
+        (("base", "file"), "base.pth"),
+        (("base", "file"), ".hidden.safetensors"),
         (("base", "file"), "a/b.safetensors"),
-        (("base", "sha256"), "A" * 64), (("folds", 0, "folder"), ".."), (("folds", 0, "folder"), "/etc"),
-        (("folds", 0, "folder"), "fold0/../fold0"), (("folds",), [1]), (("folds",), []),
+        (("base", "sha256"), "A" * 64),
+        (("folds", 0, "folder"), ".."),
+        (("folds", 0, "folder"), "/etc"),
+        (("folds", 0, "folder"), "fold0/../fold0"),
+        (("folds",), [1]),
+        (("folds",), []),
     ],
-)  # fmt: skip
+)
 def test_refuses(path: tuple, value: Any, tmp_path: Path) -> None:
     rewrite(tmp_path, replaced(stub_manifest(tmp_path), path, value))
     with pytest.raises(UserError, match="expected"):
@@ -137,14 +150,26 @@ def test_refuses(path: tuple, value: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("weights",), [0.5]), (("weights",), [1.0, 0.0]), (("weights",), [0.5, 0.6]), (("weights",), [1.5, -0.5]),
-        (("weights",), [True, 0.0]), (("weights",), {"a": 0.25, "b": 0.75}), (("weights",), [0.5, math.nan]),
-        (("members", 1, "name"), "a"), (("members", 1, "name"), "a b"), (("members", 1, "name"), "../b"),
-        (("members", 1, "folds", 0, "folder"), "fold0"), (("members", 1, "tta"), "d8"), (("members", 0), 1),
-        (("members", 1, "base", "sha256"), "0" * 64), (("members", 1, "preprocess", "size"), 0),
-        (("members", 1, "base", "file"), "missing.safetensors"), (("members",), []), (("members",), {}),
+        (("weights",), [0.5]),
+        (("weights",), [1.0, 0.0]),
+        (("weights",), [0.5, 0.6]),
+        (("weights",), [1.5, -0.5]),
+        (("weights",), [True, 0.0]),
+        (("weights",), {"a": 0.25, "b": 0.75}),
+        (("weights",), [0.5, math.nan]),
+        (("members", 1, "name"), "a"),
+        (("members", 1, "name"), "a b"),
+        (("members", 1, "name"), "../b"),
+        (("members", 1, "folds", 0, "folder"), "fold0"),
+        (("members", 1, "tta"), "d8"),
+        (("members", 0), 1),
+        (("members", 1, "base", "sha256"), "0" * 64),
+        (("members", 1, "preprocess", "size"), 0),
+        (("members", 1, "base", "file"), "missing.safetensors"),
+        (("members",), []),
+        (("members",), {}),
     ],
-)  # fmt: skip
+)
 def test_refuses_members(path: tuple, value: Any, tmp_path: Path) -> None:
     content = stub_members(tmp_path)
     rewrite(tmp_path, replaced(content, path, value))

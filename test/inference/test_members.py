@@ -209,8 +209,9 @@ def test_the_log_and_the_details_name_every_member(two: Path, tmp_path: Path) ->
     for page in found["pages"]:
         assert len(page["member_p"]) == 2 and len(page["fold_p"]) == 5
         assert page["p_atypical"] == ended.answers[page["page"]]["confidence"]
-    spreads = [np.ptp([page["fold_p"][part] for page in found["pages"]], axis=1).mean()
-               for part in (slice(0, 2), slice(2, 5))]  # fmt: skip
+    spreads = [
+        np.ptp([page["fold_p"][part] for page in found["pages"]], axis=1).mean() for part in (slice(0, 2), slice(2, 5))
+    ]
     assert [member["spread"] for member in found["members"]] == pytest.approx(spreads)
 
 

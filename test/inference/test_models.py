@@ -24,9 +24,14 @@ from test.support.miniature import make_ensemble, overrides, random_base
 
 # parameter counts without a head, as published (model cards; timm for the rest)
 PUBLISHED = {
-    "virchow": 631_229_184, "virchow2": 631_239_424, "uni": 303_350_784, "uni2-h": 681_394_176,
-    "h-optimus-0": 1_134_774_272, "dinov3-vith16plus": 840_509_440, "efficientnet-lite0": 3_371_008,
-}  # fmt: skip
+    "virchow": 631_229_184,
+    "virchow2": 631_239_424,
+    "uni": 303_350_784,
+    "uni2-h": 681_394_176,
+    "h-optimus-0": 1_134_774_272,
+    "dinov3-vith16plus": 840_509_440,
+    "efficientnet-lite0": 3_371_008,
+}
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -78,8 +83,17 @@ def test_fused_folds_equal_peft(name, pool, tmp_path):
 
 
 def test_any_other_backbone_runs_through_timm(tmp_path, monkeypatch):
-    row = Backbone(timm="convnext_atto", family="other", pool="avg", size=64, params=0, licence="", source="",
-                   targets={"mlp": r"stages\.\d+\.blocks\.\d+\.mlp\.fc[12]"}, head="head.fc")  # fmt: skip
+    row = Backbone(
+        timm="convnext_atto",
+        family="other",
+        pool="avg",
+        size=64,
+        params=0,
+        licence="",
+        source="",
+        targets={"mlp": r"stages\.\d+\.blocks\.\d+\.mlp\.fc[12]"},
+        head="head.fc",
+    )
     monkeypatch.setitem(BACKBONES, "convnext-atto", row)
     models = make_ensemble(tmp_path, "convnext-atto")
     crops = [np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)] * 2

@@ -141,7 +141,10 @@ def test_every_order(opened: Browser) -> None:
     choose(opened, "sort", "name")
     first = names(opened)[:3]
     assert first[1:] == ["slide 0/crop0.png", "slide 0/crop3.png"] or first == [
-        "slide 0/crop0.png", "slide 0/crop3.png", "slide 0/crop6.png"]  # fmt: skip
+        "slide 0/crop0.png",
+        "slide 0/crop3.png",
+        "slide 0/crop6.png",
+    ]
 
 
 def test_filters_and_the_confusion_matrix(opened: Browser) -> None:
@@ -312,10 +315,15 @@ def test_an_ensemble_of_members_shows_each(window: Browser, tmp_path: Path) -> N
     assert f"near {first.member_p[0]:.3f}, far {first.member_p[1]:.3f}" in spoken
     window.run("document.querySelector('.card').click()")
     window.settle()
-    facts = dict(window.run("return [...document.querySelectorAll('#detail-facts tr')].map(e => "
-                            "[e.children[0].textContent, e.children[1].textContent])"))  # fmt: skip
-    for (name, p), folds in zip(zip(("near", "far"), first.member_p, strict=True), (first.fold_p[:2], first.fold_p[2:]),
-                                strict=True):  # fmt: skip
+    facts = dict(
+        window.run(
+            "return [...document.querySelectorAll('#detail-facts tr')].map(e => "
+            "[e.children[0].textContent, e.children[1].textContent])"
+        )
+    )
+    for (name, p), folds in zip(
+        zip(("near", "far"), first.member_p, strict=True), (first.fold_p[:2], first.fold_p[2:]), strict=True
+    ):
         called = "atypical" if p >= THRESHOLD else "normal"
         assert facts[name] == f"{p:.3f}, {called}folds {', '.join(f'{fold:.3f}' for fold in folds)}"
     assert window.run("return document.querySelectorAll('#detail-facts .fold-dot').length") == 3

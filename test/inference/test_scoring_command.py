@@ -211,8 +211,13 @@ def test_what_is_there_is_not_overwritten(weights, crops, tmp_path) -> None:
     table.write_text("path\na.png\n")
     (tmp_path / "page.html").write_text("<!doctype html><p>mine")
     before = {file: file.read_bytes() for file in tmp_path.iterdir()}
-    for option, file in (("--report", crop), ("--report", table), ("--report", tmp_path / "page.html"),
-                         ("--csv", table), ("--csv", crop)):  # fmt: skip
+    for option, file in (
+        ("--report", crop),
+        ("--report", table),
+        ("--report", tmp_path / "page.html"),
+        ("--csv", table),
+        ("--csv", crop),
+    ):
         with pytest.raises(UserError, match=r"is named twice|no report|begins with"):
             run(weights, tmp_path / "table.csv", option, file)
     with pytest.raises(UserError, match="is named twice"):
@@ -264,7 +269,11 @@ def test_a_table_brings_pages_labels_and_domains(weights, crops, tmp_path, capsy
     try:
         items = list_crops([table], labels="truth")
         assert [(item.page, item.label, item.domain) for item in items] == [
-            (3, 1, "x"), (None, 0, "y"), (0, 0, "x"), (None, None, "y")]  # fmt: skip
+            (3, 1, "x"),
+            (None, 0, "y"),
+            (0, 0, "x"),
+            (None, None, "y"),
+        ]
         assert run(weights, table, "--labels", "truth", "--csv", tmp_path / "out.csv") == 0
     finally:
         table.unlink()

@@ -122,8 +122,12 @@ def test_a_table_whose_crops_were_changed_is_another(blobs, tmp_path) -> None:
 def test_shards_keep_their_names_and_miss_no_row(blobs, tmp_path) -> None:
     """Over uneven row groups; the same names from another start, other names when the file was changed."""
     file = tmp_path / "a.parquet"
-    table = pa.table({"image": [{"bytes": blob, "path": f"{n}.png"} for n, blob in enumerate(blobs)],
-                      "path": [f"crop {n}" for n in range(CROPS)]})  # fmt: skip
+    table = pa.table(
+        {
+            "image": [{"bytes": blob, "path": f"{n}.png"} for n, blob in enumerate(blobs)],
+            "path": [f"crop {n}" for n in range(CROPS)],
+        }
+    )
     with pq.ParquetWriter(file, table.schema) as out:
         for begin, end in ((0, 1), (1, 25), (25, 25), (25, 32), (32, 33), (33, 60)):
             out.write_table(table[begin:end])

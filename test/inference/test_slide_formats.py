@@ -18,9 +18,12 @@ from test.support.figures import draw
 from test.support.pyramids import FIGURES
 
 WRITERS = {
-    "plain.tif": formats.plain_tiff, "image.ome.tif": formats.ome_tiff, "slide.dcm": formats.dicom,
-    "flat.png": formats.flat, "flat.tif": formats.flat,
-}  # fmt: skip
+    "plain.tif": formats.plain_tiff,
+    "image.ome.tif": formats.ome_tiff,
+    "slide.dcm": formats.dicom,
+    "flat.png": formats.flat,
+    "flat.tif": formats.flat,
+}
 
 
 @pytest.mark.parametrize("name", WRITERS)

@@ -213,9 +213,10 @@ def test_slides_are_found_by_name_and_each_gets_its_file(drawn, miniature, tmp_p
     for name in ("one.tif", "two.tif"):
         write_slide(folder / name, [drawn])
     inputs = [
-        files.qupath(tmp_path / "one.geojson", PLACES), files.qupath_gzip(tmp_path / "two.geojson.gz", PLACES[:2]),
+        files.qupath(tmp_path / "one.geojson", PLACES),
+        files.qupath_gzip(tmp_path / "two.geojson.gz", PLACES[:2]),
         files.qupath(tmp_path / "three.geojson", PLACES[:1]),
-    ]  # fmt: skip
+    ]
     summary = tmp_path / "summary.csv"
     code = run(miniature, *inputs, "--slides", folder, "--output", tmp_path / "out", "--summary", summary)
     assert code == 3 and "no slide called three" in capsys.readouterr().err

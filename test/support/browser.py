@@ -19,8 +19,17 @@ from pathlib import Path
 from typing import Any
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-KEYS = {"Left": "\ue012", "Up": "\ue013", "Right": "\ue014", "Down": "\ue015", "Enter": "\ue007", "Escape": "\ue00c",
-        "Tab": "\ue004", "Home": "\ue011", "End": "\ue010"}  # fmt: skip
+KEYS = {
+    "Left": "\ue012",
+    "Up": "\ue013",
+    "Right": "\ue014",
+    "Down": "\ue015",
+    "Enter": "\ue007",
+    "Escape": "\ue00c",
+    "Tab": "\ue004",
+    "Home": "\ue011",
+    "End": "\ue010",
+}
 
 
 def find() -> tuple[str, str] | None:
@@ -58,9 +67,7 @@ class Browser:
 
     def press(self, *keys: str) -> None:
         """Real key presses, by the names in KEYS or as text."""
-        actions = [
-            {"type": kind, "value": KEYS.get(key, key)} for key in keys for kind in ("keyDown", "keyUp")
-        ]  # fmt: skip
+        actions = [{"type": kind, "value": KEYS.get(key, key)} for key in keys for kind in ("keyDown", "keyUp")]
         self.call("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]})
 
     def devtools(self, command: str, **parameters: Any) -> Any:
@@ -100,10 +107,20 @@ def browser() -> Iterator[Browser]:
         port = probe.getsockname()[1]
     driver = subprocess.Popen([found[1], f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     window = Browser(f"http://127.0.0.1:{port}")
-    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
-             "--force-color-profile=srgb", "--window-size=1280,900"]  # fmt: skip
-    capabilities = {"browserName": "chrome", "goog:chromeOptions": {"binary": found[0], "args": flags},
-                    "goog:loggingPrefs": {"browser": "ALL"}}  # fmt: skip
+    flags = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--hide-scrollbars",
+        "--force-color-profile=srgb",
+        "--window-size=1280,900",
+    ]
+    capabilities = {
+        "browserName": "chrome",
+        "goog:chromeOptions": {"binary": found[0], "args": flags},
+        "goog:loggingPrefs": {"browser": "ALL"},
+    }
     try:
         for _ in range(100):
             try:

@@ -162,8 +162,17 @@ def table(file: Path, places: Sequence[Place]) -> Path:
 
 
 MAKERS = {
-    "qupath.geojson": qupath, "array.geojson": qupath_array, "polygons.geojson": qupath_polygons,
-    "packed.geojson.gz": qupath_gzip, "packed.zip": qupath_zip, "tiatoolbox.json": tiatoolbox, "cells.json": cellvit,
-    "hovernet.json": hovernet, "coco.json": coco, "MIDOG.json": midog, "tcga.json": tcga,
-    "annotations.sqlite": sliderunner, "detections.csv": table,
-}  # fmt: skip
+    "qupath.geojson": qupath,
+    "array.geojson": qupath_array,
+    "polygons.geojson": qupath_polygons,
+    "packed.geojson.gz": qupath_gzip,
+    "packed.zip": qupath_zip,
+    "tiatoolbox.json": tiatoolbox,
+    "cells.json": cellvit,
+    "hovernet.json": hovernet,
+    "coco.json": coco,
+    "MIDOG.json": midog,
+    "tcga.json": tcga,
+    "annotations.sqlite": sliderunner,
+    "detections.csv": table,
+}

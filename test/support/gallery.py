@@ -88,8 +88,21 @@ def main(arguments: list[str] | None = None) -> int:
         folder, report = Path("crops"), Path("report.html")
         folder.mkdir()
         table = draw_crops(folder, options.per_kind, options.seed)
-        commands.inference(*["score", str(table), "--report", str(report), "--weights", str(weights), "--device", "cpu",
-                    "--attribution", "--title", "Drawn crops"])  # fmt: skip
+        commands.inference(
+            *[
+                "score",
+                str(table),
+                "--report",
+                str(report),
+                "--weights",
+                str(weights),
+                "--device",
+                "cpu",
+                "--attribution",
+                "--title",
+                "Drawn crops",
+            ]
+        )
         photograph_report(window, report, output)
         if training:
             window.view(1280, 1200)

@@ -53,11 +53,17 @@ def metaimage(pixels: np.ndarray, channels: int, compressed: bool = False, **fie
     data = zlib.compress(data) if compressed else data
     kind = {"u1": "MET_UCHAR", "u2": "MET_USHORT", "f4": "MET_FLOAT", "i2": "MET_SHORT"}[pixels.dtype.str[1:]]
     header = {
-        "ObjectType": "Image", "NDims": len(sides), "BinaryData": True, "BinaryDataByteOrderMSB": False,
-        "CompressedData": compressed, "CompressedDataSize": len(data) if compressed else None,
+        "ObjectType": "Image",
+        "NDims": len(sides),
+        "BinaryData": True,
+        "BinaryDataByteOrderMSB": False,
+        "CompressedData": compressed,
+        "CompressedDataSize": len(data) if compressed else None,
         "TransformMatrix": " ".join("1" if i % (len(sides) + 1) == 0 else "0" for i in range(len(sides) ** 2)),
-        "DimSize": " ".join(map(str, sides)), "ElementNumberOfChannels": channels, "ElementType": kind,
-    } | fields  # fmt: skip
+        "DimSize": " ".join(map(str, sides)),
+        "ElementNumberOfChannels": channels,
+        "ElementType": kind,
+    } | fields
     header["ElementDataFile"] = header.pop("ElementDataFile", "LOCAL")
     lines = [f"{key} = {value}\n" for key, value in header.items() if value is not None]
     return "".join(lines).encode() + data
@@ -266,7 +272,7 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
         "huge.png": (huge_png(100_000), "100000 x 100000 pixels"),
         "truncated.jpg": (with_pillow(images[:1], form="JPEG")[:-300], "page 0"),
         "scans.jpg": (with_pillow(images[:1], form="JPEG")[:-2] + b"\xff\xda\0\x08\1\1\0\0\1\0" * 5000, "JPEG scans"),
-    }  # fmt: skip
+    }
     return {name: file for name, file in files.items() if file[1]}
 
 

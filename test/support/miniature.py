@@ -52,9 +52,17 @@ def sha256(file: Path) -> str:
 
 
 def make_member(
-    folder: Path, backbone: str, targets: str | None = None, pool: str | None = None, folds: int = 3, *,
-    base: str = "base.safetensors", prefix: str = "", seed: int = 1, **entries: Any,
-) -> tuple[dict[str, Any], list[torch.nn.Module]]:  # fmt: skip
+    folder: Path,
+    backbone: str,
+    targets: str | None = None,
+    pool: str | None = None,
+    folds: int = 3,
+    *,
+    base: str = "base.safetensors",
+    prefix: str = "",
+    seed: int = 1,
+    **entries: Any,
+) -> tuple[dict[str, Any], list[torch.nn.Module]]:
     """Write a member's base (unless it is there) and folds; returns what a manifest says of it, and its PEFT models.
 
     `entries` override the manifest's; those in "preprocess" only the ones that they name.
@@ -71,21 +79,34 @@ def make_member(
     size = row.size if row.heads else 64
     preprocess = {"crop": 80, "size": size, "kernel": "bicubic", "mean": list(row.mean), "std": list(row.std)}
     content = {
-        "backbone": backbone, "pool": pool, "base": {"file": base, "sha256": sha256(file)},
+        "backbone": backbone,
+        "pool": pool,
+        "base": {"file": base, "sha256": sha256(file)},
         "folds": [{"folder": name, "sha256": {file: sha256(folder / name / file) for file in files}} for name in names],
-        "tta": "none", "precision": {"fp32": 0.0, "bf16": 0.1, "fp16": None}, "licence": {"base": "random weights"},
-    }  # fmt: skip
+        "tta": "none",
+        "precision": {"fp32": 0.0, "bf16": 0.1, "fp16": None},
+        "licence": {"base": "random weights"},
+    }
     return content | entries | {"preprocess": preprocess | entries.get("preprocess", {})}, models
 
 
-WHOLE = {"name": "miniature", "averaging": "logit", "temperature": 1.0, "threshold": 0.5,
-         "provenance": {"made by": "test/support/miniature.py"}}  # fmt: skip
+WHOLE = {
+    "name": "miniature",
+    "averaging": "logit",
+    "temperature": 1.0,
+    "threshold": 0.5,
+    "provenance": {"made by": "test/support/miniature.py"},
+}
 
 
 def make_ensemble(
-    folder: Path, backbone: str = "efficientnet-lite0", targets: str | None = None, pool: str | None = None,
-    folds: int = 3, **manifest: Any,
-) -> list[torch.nn.Module]:  # fmt: skip
+    folder: Path,
+    backbone: str = "efficientnet-lite0",
+    targets: str | None = None,
+    pool: str | None = None,
+    folds: int = 3,
+    **manifest: Any,
+) -> list[torch.nn.Module]:
     """Write an ensemble folder of one member, base included; returns its PEFT models. `manifest` overrides entries."""
     content, models = make_member(folder, backbone, targets, pool, folds)
     (folder / "ensemble.json").write_text(json.dumps({"format": 1} | content | WHOLE | manifest))

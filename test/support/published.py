@@ -70,9 +70,15 @@ def transformers_model(name: str, folder: Path) -> torch.nn.Module:
         gated = "plus" in name
         hidden = build(name, 0).get_submodule("blocks.0.mlp.fc2").in_features
         model = DINOv3ViTModel(
-            DINOv3ViTConfig(**shape, intermediate_size=hidden, num_register_tokens=4, use_gated_mlp=gated,
-                            hidden_act="silu" if gated else "gelu", layerscale_value=0.7)
-        )  # fmt: skip
+            DINOv3ViTConfig(
+                **shape,
+                intermediate_size=hidden,
+                num_register_tokens=4,
+                use_gated_mlp=gated,
+                hidden_act="silu" if gated else "gelu",
+                layerscale_value=0.7,
+            )
+        )
     with torch.no_grad():
         for key, value in model.state_dict().items():
             if value.ndim == 1 and "norm" in key:

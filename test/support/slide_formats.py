@@ -90,7 +90,14 @@ def huge(file: Path, side: int, figures: dict[tuple[int, int], np.ndarray], tile
     everything = (tiles.get((row, column)) for row in range(count) for column in range(count))
     with tifffile.TiffWriter(file, bigtiff=True) as tiff:
         tiff.write(
-            everything, shape=(side, side, 3), dtype=np.uint8, tile=(tile, tile), photometric="rgb", compression="zlib",
-            resolution=(1e4 / 0.25, 1e4 / 0.25), resolutionunit="CENTIMETER", metadata=None,
-        )  # fmt: skip
+            everything,
+            shape=(side, side, 3),
+            dtype=np.uint8,
+            tile=(tile, tile),
+            photometric="rgb",
+            compression="zlib",
+            resolution=(1e4 / 0.25, 1e4 / 0.25),
+            resolutionunit="CENTIMETER",
+            metadata=None,
+        )
     return file

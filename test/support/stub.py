@@ -47,13 +47,21 @@ def stub_manifest(folder: Path, folds: int = 1, **changes: Any) -> dict[str, Any
         for name in ("base.safetensors",) if place == folder else FILES:
             (place / name).write_bytes(name.encode())
     content = {
-        "format": 1, "name": "stub", "backbone": "efficientnet-lite0", "pool": "avg",
+        "format": 1,
+        "name": "stub",
+        "backbone": "efficientnet-lite0",
+        "pool": "avg",
         "base": {"file": "base.safetensors", "sha256": hashes["base.safetensors"]},
         "preprocess": {"crop": 80, "size": 64, "kernel": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3},
         "folds": [{"folder": name, "sha256": {file: hashes[file] for file in FILES}} for name in names],
-        "tta": "none", "averaging": "logit", "temperature": 1.0, "threshold": 0.5,
-        "precision": {"fp32": 0.0}, "licence": {}, "provenance": {},
-    } | changes  # fmt: skip
+        "tta": "none",
+        "averaging": "logit",
+        "temperature": 1.0,
+        "threshold": 0.5,
+        "precision": {"fp32": 0.0},
+        "licence": {},
+        "provenance": {},
+    } | changes
     (folder / "ensemble.json").write_text(json.dumps(content))
     return content
 

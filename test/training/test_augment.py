@@ -21,9 +21,14 @@ from training.optics import disc, path
 from training.strengths import Augment
 from training.warp import Canvas, canvases
 
-OFF = Augment(dihedral=False, **{
-    f.name: 0 for f in dataclasses.fields(Augment) if f.name not in ("dihedral", "jpeg", "clahe", "defocus", "motion")
-})  # fmt: skip
+OFF = Augment(
+    dihedral=False,
+    **{
+        f.name: 0
+        for f in dataclasses.fields(Augment)
+        if f.name not in ("dihedral", "jpeg", "clahe", "defocus", "motion")
+    },
+)
 STRENGTHS: list[dict[str, Any]] = [
     {"dihedral": True},
     {"rotate": 90.0},
@@ -125,8 +130,10 @@ def test_canvases_keep_the_surroundings_that_there_are():
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(8, 90), st.integers(8, 90)), min_size=1, max_size=4),
-    st.sampled_from([0, 9, 40, 64, 200]), st.integers(8, 96), st.sampled_from(["bilinear", "bicubic"]),
-)  # fmt: skip
+    st.sampled_from([0, 9, 40, 64, 200]),
+    st.integers(8, 96),
+    st.sampled_from(["bilinear", "bicubic"]),
+)
 def test_a_crop_without_augmentation_is_what_inference_shows(sides, crop, size, kernel):
     g = np.random.default_rng(0)
     images = [g.integers(0, 256, (*side, 3), dtype=np.uint8) for side in sides]
@@ -138,8 +145,10 @@ def test_a_crop_without_augmentation_is_what_inference_shows(sides, crop, size, 
 def test_a_crop_is_augmented_alike_whatever_stands_beside_it(crops):
     """The draws are the batch's, but no size of another crop reaches into a crop's pixels."""
     small, large = Canvas(crops[0, :, :20, :20], 20), Canvas(crops[1], 48)
-    one, other = (augment([small, second], preprocess(32), dataclasses.replace(OFF, rotate=180.0), generator(3))
-                  for second in (small, large))  # fmt: skip
+    one, other = (
+        augment([small, second], preprocess(32), dataclasses.replace(OFF, rotate=180.0), generator(3))
+        for second in (small, large)
+    )
     assert torch.equal(one[0], other[0])
 
 

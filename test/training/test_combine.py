@@ -36,8 +36,10 @@ def make_run(
     folder: Path, table: Path, bases: Path, backbone: str, seed: int = 0, adapters: bool = True, **changes: Any
 ) -> Path:
     """A finished run without the training: real adapters with random weights, made-up logits that know the labels."""
-    recipe = load_recipe("default", [f"backbone={backbone}", "size=32", "crop=0", "pool=", *(
-        f"{name}={value}" for name, value in changes.items())])  # fmt: skip
+    recipe = load_recipe(
+        "default",
+        [f"backbone={backbone}", "size=32", "crop=0", "pool=", *(f"{name}={value}" for name, value in changes.items())],
+    )
     crops = load_data([table], lambda line: None)
     folds = split(crops, recipe.split, recipe.folds, recipe.seed)
     folder.mkdir(parents=True)
@@ -76,8 +78,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(place: Path, output: Path, *names: str) -> list[str]:
     found = [str(place / name) for name in names]
-    return ["combine", *found, f"--output={output}", f"--bases={place / 'bases'}", "--include-base", "--device=cpu",
-            f"--cache={place / 'cache'}"]  # fmt: skip
+    return [
+        "combine",
+        *found,
+        f"--output={output}",
+        f"--bases={place / 'bases'}",
+        "--include-base",
+        "--device=cpu",
+        f"--cache={place / 'cache'}",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +139,10 @@ def test_temperature_and_threshold_are_of_the_mean() -> None:
     joint = simulated([1.0, 0.7])
     labels, choice = joint.labels, Choice((0, 1), ("d4", "none"), "probability", (0.25, 0.75))
     fitted = joint.calibrate(choice)
-    members = [(z[None, :views] + shift) / temperature
-               for z, views, (temperature, shift) in zip(joint.logits, (8, 1), fitted.heads, strict=True)]  # fmt: skip
+    members = [
+        (z[None, :views] + shift) / temperature
+        for z, views, (temperature, shift) in zip(joint.logits, (8, 1), fitted.heads, strict=True)
+    ]
 
     def loss(temperature: float, shift: float = 0.0) -> float:
         p = average([z + shift for z in members], "probability", temperature, choice.shares)
@@ -176,8 +187,9 @@ def test_no_crop_takes_part_in_what_judges_it() -> None:
     """Other labels in one fold change nothing that is fitted for that fold."""
     joint = simulated([1.0, 0.7])
     choice = Choice((0, 1), ("d4", "rot4"), "probability", (0.5, 0.5))
-    changed = dataclasses.replace(joint, labels=np.where(joint.folds == 1, 1 - joint.labels, joint.labels),
-                                  _scales={}, _aucs={})  # fmt: skip
+    changed = dataclasses.replace(
+        joint, labels=np.where(joint.folds == 1, 1 - joint.labels, joint.labels), _scales={}, _aucs={}
+    )
     assert np.array_equal(joint.without(choice, 1), changed.without(choice, 1))
     assert not np.array_equal(joint.without(choice, 0), changed.without(choice, 0))
 

@@ -14,8 +14,10 @@ from training.__main__ import main
 from training.data import ami_br, describe, load_data, load_set, table_hash
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "ami-br"
-AMI_HEADER = ("slide,dataset,uid,x,y,expert1_label,expert2_label,expert1_atypical,expert2_atypical,expert3_atypical,"
-              "majority_atypical")  # fmt: skip
+AMI_HEADER = (
+    "slide,dataset,uid,x,y,expert1_label,expert2_label,expert1_atypical,expert2_atypical,expert3_atypical,"
+    "majority_atypical"
+)
 MIDOG_HEADER = "image_id,filename,coordinateX,coordinateY,Tumor,Scanner,Origin,Species,expert1,expert2,expert3,majority"
 AMI_ROWS = [
     ("002.tiff", "MIDOG21", 6, "False False True", "False"),
@@ -64,8 +66,11 @@ def test_ami_br_in_the_benchmarks_layout(tmp_path):
     crops = ami_br(ami_br_split(tmp_path))
     assert [crop.label for crop in crops] == [0, 1, 0, 1]
     assert [crop.domain.split(" x ")[1] for crop in crops] == [
-        "Hamamatsu XR", "Hamamatsu S360", "Aperio CS2", "Leica SCN400",
-    ]  # fmt: skip
+        "Hamamatsu XR",
+        "Hamamatsu S360",
+        "Aperio CS2",
+        "Leica SCN400",
+    ]
     assert crops[0].votes == (0, 0, 1)
     assert crops[0].group == "MIDOG21/002.tiff"
     assert crops[0].name == "AMi-Br/MIDOG21_6.png"
@@ -148,9 +153,14 @@ def test_plain_csv_with_votes_and_absolute_paths(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "source"),
-    [("ami-br", "AMi-Br_Benchmark"), ("MIDOG25", "zenodo.16044804"), ("omg_octo", "zenodo.16107743"),
-     ("AtNorM-MD", "AMi-Br_Benchmark"), ("mine", "training datasets")],
-)  # fmt: skip
+    [
+        ("ami-br", "AMi-Br_Benchmark"),
+        ("MIDOG25", "zenodo.16044804"),
+        ("omg_octo", "zenodo.16107743"),
+        ("AtNorM-MD", "AMi-Br_Benchmark"),
+        ("mine", "training datasets"),
+    ],
+)
 def test_a_missing_data_set_says_where_it_is_published(tmp_path, name, source):
     with pytest.raises(UserError, match=source):
         load_data([tmp_path / name])

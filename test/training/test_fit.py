@@ -49,8 +49,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     crops = load_data([tiny_table(folder)], lambda line: None)
     base = random_base("efficientnet-lite0", folder / "base.safetensors")
     AcceleratorState._reset_state()
-    return SimpleNamespace(crops=crops, images=load_crops(crops), base=base, table=folder / "table.csv",
-                           fold=np.array([int(crop.group[-1]) % 2 for crop in crops]))  # fmt: skip
+    return SimpleNamespace(
+        crops=crops,
+        images=load_crops(crops),
+        base=base,
+        table=folder / "table.csv",
+        fold=np.array([int(crop.group[-1]) % 2 for crop in crops]),
+    )
 
 
 @pytest.fixture
@@ -212,8 +217,11 @@ def test_the_command_fits_all_folds_and_refuses_another_run_in_the_folder(data, 
     out = capsys.readouterr().out
     assert "in adapters, 1,281 in the head" in out
     assert {file.name for file in (run / "fold1").iterdir() if "tfevents" not in file.name} == {
-        "adapter_config.json", "adapter_model.safetensors", "metrics.csv", "oof.npz",
-    }  # fmt: skip
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "metrics.csv",
+        "oof.npz",
+    }
     described = json.loads((run / "data.json").read_text())
     assert (described["crops"], described["groups"], len(described["domains"])) == (24, 8, 2)
     assert main([*arguments, *changes, "--set", "rank=4"]) == 1
@@ -226,8 +234,11 @@ def test_the_command_fits_all_folds_and_refuses_another_run_in_the_folder(data, 
 
 def test_auto_is_what_the_hardware_multiplies_and_stays_what_the_run_began_in(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for capability, backbone, expected in (((8, 0), "uni", "bf16"), ((7, 5), "uni", "fp16"),
-                                           ((7, 5), "dinov3-vith16plus", "fp32")):  # fmt: skip
+    for capability, backbone, expected in (
+        ((8, 0), "uni", "bf16"),
+        ((7, 5), "uni", "fp16"),
+        ((7, 5), "dinov3-vith16plus", "fp32"),
+    ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         asked = recipe("precision=auto", f"backbone={backbone}", "targets=qkv")
         assert settle_precision(asked, tmp_path).precision == expected

@@ -13,13 +13,20 @@ from training.lora import freeze_statistics, load_base, lora_model, store_base_a
 
 # rank x (inputs + outputs), summed over the layers that the set names
 COUNTS = [
-    ("virchow", "qkv", 8, 1_310_720, 2560), ("virchow2", "qkv", 8, 1_310_720, 2560),
-    ("dinov3-vith16plus", "qkv", 8, 1_310_720, 1280), ("dinov3-vith16plus", "qkv", 4, 655_360, 1280),
-    ("dinov3-vith16plus", "qv", 8, 1_310_720, 1280), ("virchow", "qv", 8, 1_310_720, 2560),
-    ("virchow", "attn", 8, 1_966_080, 2560), ("virchow", "all", 8, 5_244_928, 2560), ("uni", "qkv", 8, 786_432, 1024),
-    ("uni", "all", 8, 3_145_728, 1024), ("uni2-h", "all", 8, 4_718_592, 1536),
-    ("h-optimus-0", "qkv", 8, 1_966_080, 1536), ("h-optimus-0", "all", 8, 7_864_320, 1536),
-]  # fmt: skip
+    ("virchow", "qkv", 8, 1_310_720, 2560),
+    ("virchow2", "qkv", 8, 1_310_720, 2560),
+    ("dinov3-vith16plus", "qkv", 8, 1_310_720, 1280),
+    ("dinov3-vith16plus", "qkv", 4, 655_360, 1280),
+    ("dinov3-vith16plus", "qv", 8, 1_310_720, 1280),
+    ("virchow", "qv", 8, 1_310_720, 2560),
+    ("virchow", "attn", 8, 1_966_080, 2560),
+    ("virchow", "all", 8, 5_244_928, 2560),
+    ("uni", "qkv", 8, 786_432, 1024),
+    ("uni", "all", 8, 3_145_728, 1024),
+    ("uni2-h", "all", 8, 4_718_592, 1536),
+    ("h-optimus-0", "qkv", 8, 1_966_080, 1536),
+    ("h-optimus-0", "all", 8, 7_864_320, 1536),
+]
 
 
 @pytest.mark.parametrize(("backbone", "targets", "rank", "adapters", "features"), COUNTS)
@@ -154,8 +161,9 @@ def test_qv_trains_and_merges_as_separate_adapters_on_query_and_value(backbone, 
     torch.nn.init.zeros_(plain.head.bias)
     for block in plain.blocks:
         block.attn.qkv = Separate(block.attn.qkv)
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=r".*\.qkv\.[qv]", modules_to_save=["head"],
-                        use_rslora=rslora)  # fmt: skip
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=r".*\.qkv\.[qv]", modules_to_save=["head"], use_rslora=rslora
+    )
     theirs = get_peft_model(plain, config)
     for mine, other in zip(ours.get_base_model().blocks, theirs.get_base_model().blocks, strict=True):
         a = mine.attn.qkv.lora_A.default.weight.detach()

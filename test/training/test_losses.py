@@ -45,11 +45,13 @@ def test_the_gradient_stays_finite_at_extreme_logits(gamma):
 
 @pytest.mark.parametrize(
     ("weighting", "rare", "common"),
-    [("none", 1.0, 1.0),
-     ("inverse", 2.0, 2 / 3),  # 1 and 1/3, mean 1/2
-     ("sqrt_inverse", 4 / (1 + math.sqrt(3)), 4 / (1 + math.sqrt(3)) / math.sqrt(3)),
-     ("effective", 1.9990, 0.6670)],  # 1 and 0.001 / (1 - 0.999^3) = 0.333667, mean 0.50025
-)  # fmt: skip
+    [
+        ("none", 1.0, 1.0),
+        ("inverse", 2.0, 2 / 3),  # 1 and 1/3, mean 1/2
+        ("sqrt_inverse", 4 / (1 + math.sqrt(3)), 4 / (1 + math.sqrt(3)) / math.sqrt(3)),
+        ("effective", 1.9990, 0.6670),
+    ],  # 1 and 0.001 / (1 - 0.999^3) = 0.333667, mean 0.50025
+)
 def test_weights_of_one_rare_and_three_common(weighting, rare, common):
     found = weights_by(["a", "b", "b", "b"], weighting)
     assert found.tolist() == pytest.approx([rare, common, common, common], rel=1e-4)

@@ -32,8 +32,11 @@ ROOT = Path(__file__).resolve().parents[2]
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends orphans on Linux only")
 SETTINGS = ["size=32", "crop=0", "targets=late", "rank=2", "epochs=12", "batch=3", "folds=2", "precision=fp32"]
 ENVIRONMENT = os.environ | {
-    "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1",
-}  # fmt: skip
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "ACCELERATE_USE_CPU": "true",
+    "PYTHONUNBUFFERED": "1",
+}
 
 
 @pytest.fixture(scope="module")
@@ -167,10 +170,20 @@ def test_two_processes_take_the_steps_of_one_whatever_happens_to_their_launcher(
 def test_two_machines_take_the_steps_of_one_whatever_happens_to_a_worker(fit, whole, tmp_path, unused_port):
     run, log = tmp_path / "run", tmp_path / "log"
     commands = [
-        launch([*fit, "--fold", "1"], run, "--num_machines", "2", "--machine_rank", rank, "--main_process_ip",
-               "127.0.0.1", "--main_process_port", unused_port)
+        launch(
+            [*fit, "--fold", "1"],
+            run,
+            "--num_machines",
+            "2",
+            "--machine_rank",
+            rank,
+            "--main_process_ip",
+            "127.0.0.1",
+            "--main_process_port",
+            unused_port,
+        )
         for rank in "01"
-    ]  # fmt: skip
+    ]
     with started(*commands, log=log) as machines:
         until((run / "fold1" / "checkpoint.pt").exists, "a checkpoint")
         (worker,) = (p for p in psutil.Process(machines[1].pid).children() if str(run) in p.cmdline())

@@ -66,15 +66,22 @@ def test_what_the_papers_state_is_there():
     assert (virchow.backbone, virchow.rank, virchow.folds) == ("virchow", 8, 3)
     dino = load_recipe("dinov3-hplus-domain-focal")
     assert (dino.backbone, dino.rank, dino.targets, dino.domain_weighting) == (
-        "dinov3-vith16plus", 8, "qv", "sqrt_inverse",
-    )  # fmt: skip
+        "dinov3-vith16plus",
+        8,
+        "qv",
+        "sqrt_inverse",
+    )
     assert dino.gamma > 0
 
 
 def test_changes_and_mistakes(tmp_path):
     assert load_recipe("default", ["augment.hed=0.25", "rank=2", "rslora=true"]).augment.hed == 0.25
-    for change, message in (("rankk=2", "rankk is not a setting"), ("augment.hedd=1", "augment.hedd is not a setting"),
-                            ("rank=two", "rank = 'two' is not a int"), ("rslora=maybe", "is not a bool")):  # fmt: skip
+    for change, message in (
+        ("rankk=2", "rankk is not a setting"),
+        ("augment.hedd=1", "augment.hedd is not a setting"),
+        ("rank=two", "rank = 'two' is not a int"),
+        ("rslora=maybe", "is not a bool"),
+    ):
         with pytest.raises(UserError, match=message):
             load_recipe("default", [change])
     with pytest.raises(UserError, match=r"expected a \.toml file or one of default, dinov3-hplus"):

@@ -15,8 +15,10 @@ from training.splits import check_leaks, domains_of, inner_holdout, read_split, 
 
 
 def table(groups: list[int], labels: list[int]) -> list[Crop]:
-    return [Crop(Path(f"{n}.png"), label, f"g{group}", f"d{group % 3}")
-            for n, (group, label) in enumerate(zip(groups, labels, strict=True))]  # fmt: skip
+    return [
+        Crop(Path(f"{n}.png"), label, f"g{group}", f"d{group % 3}")
+        for n, (group, label) in enumerate(zip(groups, labels, strict=True))
+    ]
 
 
 CROPS = table([n // 6 for n in range(180)], [int(n % 4 == 0) for n in range(180)])
@@ -49,11 +51,17 @@ def test_leave_one_domain_out():
 
 # MIDOG25's ten groups of tumour, scanner and origin, of which tumour x origin makes eight and tumour x scanner nine
 MIDOG25 = [
-    ("mast cell", "Aperio", "Berlin"), ("lung", "3DH", "Vienna"), ("lymphoma", "3DH", "Vienna"), 
+    ("mast cell", "Aperio", "Berlin"),
+    ("lung", "3DH", "Vienna"),
+    ("lymphoma", "3DH", "Vienna"),
     ("sarcoma", "3DH", "York"),
-    ("sarcoma", "3DH", "Vienna"), ("breast", "Aperio", "Utrecht"), ("breast", "S360", "Utrecht"),
-    ("breast", "XR", "Utrecht"), ("melanoma", "XR", "Utrecht"), ("neuroendocrine", "XR", "Utrecht"),
-]  # fmt: skip
+    ("sarcoma", "3DH", "Vienna"),
+    ("breast", "Aperio", "Utrecht"),
+    ("breast", "S360", "Utrecht"),
+    ("breast", "XR", "Utrecht"),
+    ("melanoma", "XR", "Utrecht"),
+    ("neuroendocrine", "XR", "Utrecht"),
+]
 
 
 def midog25() -> list[Crop]:
@@ -76,9 +84,17 @@ def midog25() -> list[Crop]:
 
 @pytest.mark.parametrize(
     ("by", "groups"),
-    [("domain", 9), ("tumour", 7), ("scanner", 4), ("origin", 4), ("tumour x scanner", 9), ("tumour x origin", 8),
-     ("eight-groups", 8), ("tumour x scanner x origin", 10)],
-)  # fmt: skip
+    [
+        ("domain", 9),
+        ("tumour", 7),
+        ("scanner", 4),
+        ("origin", 4),
+        ("tumour x scanner", 9),
+        ("tumour x origin", 8),
+        ("eight-groups", 8),
+        ("tumour x scanner x origin", 10),
+    ],
+)
 def test_folds_keep_domains_whole_by_any_column_or_product(by, groups):
     crops = midog25()
     assert len(set(split(crops, "leave-one-out", by=by).tolist())) == groups
