@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .errors import UserError
-from .imageio.stack import MAX_BYTES, File
+from .imageio.source import File
+from .imageio.stack import MAX_BYTES
 from .manifest import Manifest
 
 CONTENT = re.compile(r"sha256:[0-9a-f]{16}")
