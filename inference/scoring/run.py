@@ -45,7 +45,7 @@ class Run:
     loaded: Ensemble | None = None
 
     def ensemble(self) -> Ensemble:
-        """Loaded when it is first needed: a run that finds everything done imports no PyTorch."""
+        """Loaded when it is first needed: a run that finds everything done reads no weights."""
         if self.loaded is None:
             from ..ensemble import Ensemble
 
