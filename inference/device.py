@@ -58,7 +58,7 @@ def native_precision(device: torch.device) -> str:
 
 
 def choose_precision(asked: str, device: torch.device, allowed: dict[str, float | None], fp16_safe: bool) -> str:
-    """`asked`, or for `auto` the hardware's own where the manifest allows it and the backbone tolerates it, else fp32."""
+    """`asked`; `auto` is the hardware's own where manifest and backbone allow it, else fp32."""
     if asked != "auto":
         return asked
     native = native_precision(device)
