@@ -31,7 +31,23 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     AcceleratorState._reset_state()
     settings = ["size=32", "crop=0", "targets=late", "rank=2", "epochs=2", "batch=4", "folds=3", "learning_rate=1e-2"]
     changes = [f"--set={change}" for change in settings]
-    assert main(["fit", "--data", str(table), "--base", str(base), "--run", str(folder / "run"), *changes]) == 0
+    assert (
+        main(
+            [
+                "fit",
+                "--recipe",
+                "lite0",
+                "--data",
+                str(table),
+                "--base",
+                str(base),
+                "--run",
+                str(folder / "run"),
+                *changes,
+            ]
+        )
+        == 0
+    )
     arguments = ["export", str(folder / "run"), "--base", str(base), "--output", str(folder / "weights" / "mine")]
     assert main([*arguments, "--include-base"]) == 0
     return folder

@@ -211,7 +211,7 @@ def test_the_command_fits_all_folds_and_refuses_another_run_in_the_folder(data, 
     AcceleratorState._reset_state()
     run = tmp_path / "run"
     settings = ["size=32", "crop=0", "targets=late", "rank=2", "epochs=1", "batch=8", "folds=2"]
-    arguments = ["fit", "--data", str(data.table), "--base", str(data.base), "--run", str(run)]
+    arguments = ["fit", "--recipe", "lite0", "--data", str(data.table), "--base", str(data.base), "--run", str(run)]
     changes = [word for change in settings for word in ("--set", change)]
     assert main([*arguments, *changes]) == 0
     out = capsys.readouterr().out
@@ -269,7 +269,19 @@ def test_a_plan_measures_and_writes_nothing(data, tmp_path, capsys):
     changes = [f"--set={c}" for c in ("size=32", "crop=0", "targets=late", "rank=2", "epochs=3", "batch=4", "folds=2")]
     before = sorted(tmp_path.rglob("*"))
     run = tmp_path / "run"
-    words = ["fit", "--data", str(data.table), "--base", str(data.base), "--run", str(run), "--plan", *changes]
+    words = [
+        "fit",
+        "--recipe",
+        "lite0",
+        "--data",
+        str(data.table),
+        "--base",
+        str(data.base),
+        "--run",
+        str(run),
+        "--plan",
+        *changes,
+    ]
     assert main(words) == 0
     assert sorted(tmp_path.rglob("*")) == before
     out = capsys.readouterr().out

@@ -45,7 +45,7 @@ def fit(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("data")
     base = random_base("efficientnet-lite0", folder / "base.safetensors")
     changes = [word for change in SETTINGS for word in ("--set", change)]
-    return ["fit", "--data", str(tiny_table(folder)), "--base", str(base), *changes]
+    return ["fit", "--recipe", "lite0", "--data", str(tiny_table(folder)), "--base", str(base), *changes]
 
 
 @pytest.fixture(scope="module")
