@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..answers import Answer, columns
+from ..answers import Answer, fold_columns, member_columns
 from ..checksums import ensemble_id
 from ..errors import UserError
 from ..files import replacing, write_whole
@@ -49,7 +49,8 @@ def check_writable(file: Path, begins: bytes, inputs: Iterable[Path]) -> None:
 
 
 def header(manifest: Manifest) -> list[str]:
-    return ABOUT + columns(manifest)[2:]
+    answer = ["p_atypical", "class", *fold_columns(manifest), *member_columns(manifest), "spread", "ensemble"]
+    return ABOUT + answer
 
 
 def geojson_file(output: Path, slide: Path) -> Path:

@@ -229,7 +229,7 @@ def test_a_table_of_scores_has_a_column_for_each_member(two: Path, tmp_path: Pat
 def test_harness_tarball_and_server_take_an_ensemble_of_two(two: Path, tmp_path: Path) -> None:
     """The same bytes from a job on the folder, a job on its model tarball and a task of the server."""
     tarball = write_model_tarball(two, tmp_path)
-    assert messages(preflight.check_file(tarball), "fail") == ""
+    assert messages(preflight.check_file(tarball), "FAIL") == ""
     answers = []
     for weights in (two, tarball):
         folder = tmp_path / f"run{len(answers)}"

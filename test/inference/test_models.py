@@ -157,7 +157,9 @@ def test_blocks_below_the_first_adapted_one_cost_as_much_as_for_one_fold(first):
     one, three, alone = (operations("uni", first, folds, depth=3) for folds in (1, 3, 1))
     assert one == alone
     block = operations("uni", 0, 1, depth=3) - operations("uni", 0, 1, depth=2)
-    assert three - one == pytest.approx(2 * (3 - first) * block, rel=0.05)
+    last = (operations("uni", 2, 3, depth=3) - one) / 2  # only the class token passes through the whole of it
+    assert last < block
+    assert three - one == pytest.approx(2 * ((2 - first) * block + last), rel=1e-3)
 
 
 def test_miniatures_are_small():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ def test_a_page_of_all_answered_stacks(tmp_path):
     answers = [{"class": "atypical", "confidence": n / 16} for n in range(16)]
     file = tmp_path / "report.html"
     line = write_page([result(answers), result(None)], SAMPLE.parent / "ground_truth.json", None, file)
-    assert line == f"report to look at: {file}"
+    assert line == f"open {os.path.relpath(file)}"
     text = file.read_text()
     assert "Local run" in text
     assert "0.9375" in text  # the last page's answer

@@ -18,6 +18,7 @@ TAGS = tuple(f"midog-lora-repeat-{os.getpid()}-{number}" for number in range(2))
 pytestmark = [
     pytest.mark.docker,
     pytest.mark.slow,
+    pytest.mark.skipif("REPEAT_BUILD" not in os.environ, reason="two builds take ten minutes; set REPEAT_BUILD=1"),
     pytest.mark.skipif(docker() is None, reason="no Docker engine answers (test/engine.sh start)"),
 ]
 

@@ -253,7 +253,7 @@ def test_uploads_are_judged_as_on_the_platform(tmp_path: Path) -> None:
     (tmp_path / "broken.tiff").write_bytes(b"II*\0nothing")
     names = ("plain", "no_unit", "broken")
     findings = sagemaker.check_upload([good, *(tmp_path / f"{name}.tiff" for name in names)])
-    assert [finding.level for finding in findings] == ["pass", "fail", "fail", "fail"]
+    assert [finding.level for finding in findings] == ["PASS", "FAIL", "FAIL", "FAIL"]
     assert "refused as an upload" in findings[1].message
 
 

@@ -49,17 +49,9 @@ def write_folder(folder: Path, blobs: list[bytes]) -> Path:
 
 
 def arguments(weights: Path, output: object, *more: object) -> list[str]:
-    return [
-        *map(str, more),
-        "--output",
-        str(output),
-        "--weights",
-        str(weights),
-        "--device",
-        "cpu",
-        "--precision",
-        "fp32",
-    ]
+    """Options that come last in `more` win over the ones here."""
+    ours = ["--output", output, "--weights", weights, "--device", "cpu", "--precision", "fp32"]
+    return [str(word) for word in (*ours, *more)]
 
 
 def run(address: str, weights: Path, output: object, *more: object) -> int:
