@@ -228,7 +228,7 @@ def test_the_command_fits_all_folds_and_refuses_another_run_in_the_folder(data, 
     assert "recipe.json differs from this call in rank" in capsys.readouterr().err
     assert main([*arguments, *changes, "--fold", "5"]) == 1
     assert "fold 5 is not one of this split's (0 to 1)" in capsys.readouterr().err
-    assert main([*arguments[:3], *changes, "--set", "backbone=uni"]) == 1
+    assert main([*arguments[:5], *changes, "--set", "backbone=uni"]) == 1
     assert "python -m training base uni" in capsys.readouterr().err
 
 
