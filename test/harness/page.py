@@ -13,7 +13,7 @@ from test.harness.report import Result
 if TYPE_CHECKING:
     import numpy as np
 
-NEEDS = ("numpy", "PIL", "SimpleITK")  # the last reads .mha stacks
+NEEDS = ("numpy", "PIL")
 PACKAGES = ("numpy", "pillow", "simpleitk")
 
 
