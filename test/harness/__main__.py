@@ -83,11 +83,11 @@ def start_again(arguments: list[str] | None) -> None:
     """
     if arguments is not None or all(map(importlib.util.find_spec, page.NEEDS)):
         return
-    if "--no-build" in sys.argv:  # resumed already, or asked to run what is there
-        raise RuntimeError(f"no report: {page.NEEDS} are not all installed; run ./build.sh --engine native")
     python = ROOT / ".venv/bin/python"
     if not python.exists():
         python = environments.make(ROOT / ".cache/report", page.pinned(ROOT / "requirements.txt"), "the report")
+    if Path(sys.executable) == python:  # it lacks them too
+        raise RuntimeError(f"no report: not all of {page.NEEDS} are installed; run ./build.sh --engine native")
     os.execv(python, [str(python), "-m", "test.harness", *sys.argv[1:], "--no-build"])
 
 
