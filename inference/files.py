@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .errors import UserError
 
@@ -61,6 +62,16 @@ def write_whole(file: Path, data: bytes | str, *, sync: bool = False) -> None:
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def claim(stream: IO[Any] | int, place: Path) -> None:
+    """Hold the open file for this process alone. UserError where another run holds it; `place` is what it writes to."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another run writes to {place}; expected one at a time; wait, or name another") from None
+    except OSError:
+        pass  # a file system without locks
 
 
 @contextlib.contextmanager

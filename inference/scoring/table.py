@@ -7,7 +7,6 @@ A rerun takes from them what still holds, and leaves the file as one uninterrupt
 from __future__ import annotations
 
 import csv
-import fcntl
 import os
 import stat
 import sys
@@ -18,7 +17,7 @@ from typing import IO
 from ..answers import CONTENT, Answer, columns, fold_columns, member_columns
 from ..checksums import ensemble_id
 from ..errors import UserError
-from ..files import replacing
+from ..files import claim, replacing
 from ..imageio.listing import Item
 from ..labels import class_of
 from ..manifest import Manifest
@@ -66,12 +65,7 @@ class Table:
         if file.exists() and not stat.S_ISREG(file.stat().st_mode):
             raise UserError(f"{file} is not a regular file; expected a CSV file; name another")
         stream = file.open("a", newline="", encoding="utf-8", errors="surrogateescape")
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run writes to {file}; expected one at a time; wait, or name another") from None
-        except OSError:
-            pass  # a file system without locks
+        claim(stream, file)
         return stream
 
     def _cut(self, file: Path) -> bool:

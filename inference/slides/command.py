@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import fcntl
 import io
 import json
 import os
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from ..exits import INCOMPLETE, INTERRUPTED
-from ..files import read_json, write_whole
+from ..files import claim, read_json, write_whole
 from ..progress import Progress
 from .detections import REQUIRED, Detection, read_detections
 from .pyramid import PLAUSIBLE
@@ -81,12 +80,7 @@ def claimed(output: Path, settings: dict[str, object]) -> Iterator[dict[str, str
     except OSError as error:
         raise UserError(f"{output} cannot be written ({error.strerror}); expected a folder; name another") from None
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run writes to {output}; expected one at a time; wait, or name another") from None
-        except OSError:
-            pass  # a file system without locks
+        claim(handle, output)
         yield known_files(output, settings)
     finally:
         os.close(handle)

@@ -30,7 +30,8 @@ from training.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends orphans on Linux only")
-SETTINGS = ["size=32", "crop=0", "targets=late", "rank=2", "epochs=12", "batch=3", "folds=2", "precision=fp32"]
+# few epochs: rounding, 5e-6 after one, grows with each, for Adam turns a gradient near zero into a whole step
+SETTINGS = ["size=32", "crop=0", "targets=late", "rank=2", "epochs=6", "batch=3", "folds=2", "precision=fp32"]
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
@@ -162,7 +163,7 @@ def test_two_processes_take_the_steps_of_one_whatever_happens_to_their_launcher(
         assert launcher.wait(600) == 0, log.read_text()
     assert "2 processes share each batch" in log.read_text()
     assert "fold 0 resumes after epoch" in log.read_text()
-    assert largest_difference(run, whole, 0) < 1e-3  # half of one step; rounding grows through Adam
+    assert largest_difference(run, whole, 0) < 1e-4
 
 
 @LINUX
@@ -194,8 +195,8 @@ def test_two_machines_take_the_steps_of_one_whatever_happens_to_a_worker(fit, wh
     log.write_text("")
     with started(*commands, log=log) as machines:
         assert [machine.wait(600) for machine in machines] == [0, 0], log.read_text()
-    assert log.read_text().count("fold 1 epoch 12/12") == 1  # not once a machine
-    assert largest_difference(run, whole, 1) < 1e-3  # half of one step; rounding grows through Adam
+    assert log.read_text().count("fold 1 epoch 6/6") == 1  # not once a machine
+    assert largest_difference(run, whole, 1) < 1e-4
 
 
 @pytest.fixture
