@@ -101,6 +101,8 @@ def read_rows(table: Path) -> tuple[list[Item], list[dict[str, str]]]:
         if None in row or None in row.values():
             raise UserError(f"{table}, row {number} has not {len(columns)} fields; expected as many as its header")
         page = row.get("page", "").strip()
+        if "\0" in row[of_path]:
+            raise UserError(f"{table}, row {number}: the path has a null byte; expected a file's path; fix it")
         if page and not (page.isascii() and page.isdigit()):
             raise UserError(
                 f"{table}, row {number}: page is {page!r}; expected a number from 0 on or nothing; correct it"
