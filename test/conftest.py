@@ -7,8 +7,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from test.support import ray_cluster
+
 if TYPE_CHECKING:
     import numpy as np
+
+
+ray_cluster.authenticate()  # before any test module imports Ray
 
 
 @pytest.fixture(scope="session")

@@ -67,7 +67,10 @@ def crosses_itself(corners: np.ndarray) -> bool:
 
 
 def area_and_centre(corners: np.ndarray) -> tuple[float, np.ndarray]:
-    """Area in square pixels and centre (2,) of a simple ring (N, 2); the mean corner where the area is nothing."""
+    """Area in square pixels and centre (2,) of a ring (N, 2) that does not cross itself.
+
+    The centre is the mean corner where the area is nothing, or where the formula leaves the ring's box.
+    """
     origin = corners.mean(0)  # near the ring, for precision
     p = corners - origin
     q = np.roll(p, -1, 0)
@@ -75,7 +78,10 @@ def area_and_centre(corners: np.ndarray) -> tuple[float, np.ndarray]:
     area = float(cross.sum()) / 2
     if abs(area) < 1e-6:
         return 0.0, origin
-    return abs(area), origin + ((p + q) * cross[:, None]).sum(0) / (6 * area)
+    centre = ((p + q) * cross[:, None]).sum(0) / (6 * area)
+    if (centre < p.min(0)).any() or (centre > p.max(0)).any():  # lobes that touch and wind against each other
+        centre = np.zeros(2)
+    return abs(area), origin + centre
 
 
 def polygons(geometry: dict[str, Any], figure: bool = True) -> list[list[np.ndarray]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from inference.answers import Answer
@@ -253,6 +253,7 @@ def test_any_features_come_back_with_all_that_they_held(rows, p, manifest, tmp_p
         assert called == ("Atypical mitosis" if p >= manifest.threshold else "Normal mitosis")
 
 
+@example([(0, 4), (0, 2), (1, 0), (0, 0), (0, 3), (1, 0)])  # two lobes that touch, wound against each other
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=3, max_size=9))
 def test_a_polygons_centre_lies_in_its_box_or_it_crosses_itself(corners) -> None:

@@ -16,13 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-from inference import serve
 from inference.averaging import average
-from inference.contract import OUTPUT
 from inference.ensemble import Ensemble, Member
 from inference.manifest import load_manifest
 from inference.metrics import sigmoid
-from test.harness import engines, layout, preflight, readout
+from test.harness import engines, layout, preflight, readout, served
 from test.support.commands import inference
 from test.support.image_files import stack, with_pillow
 from test.support.miniature import make_members, overrides, random_base
@@ -238,9 +236,9 @@ def test_harness_tarball_and_server_take_an_ensemble_of_two(two: Path, tmp_path:
         found, findings = readout.judge(run, layout.count_pages(SAMPLE))
         assert messages(findings) == "" and found is not None and len(found) == 16
         answers.append(found)
-    places = tmp_path / "in", tmp_path / "served"
-    layout.write_input(SAMPLE, places[0], "2026", Random(0))
-    places[1].mkdir()
-    assert serve.run_task(serve.load(two, "cpu", "auto"), *places)["pages"] == 16
-    answers.append(json.loads((places[1] / OUTPUT).read_text()))
+    pk = layout.write_input(SAMPLE, tmp_path / "served/0/input", "2026", Random(0))
+    [run] = served.run_native(tmp_path / "served", [pk], two, engines.Limits(seconds=300))
+    found, findings = readout.judge(run, layout.count_pages(SAMPLE))
+    assert messages(findings) == ""
+    answers.append(found)
     assert answers[0] == answers[1] == answers[2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import shutil
@@ -114,10 +115,12 @@ def test_a_slide_that_is_replaced_while_it_is_read_counts_for_nothing(
     drawn, miniature, tmp_path, capsys, monkeypatch
 ) -> None:
     write_slide(tmp_path / "s.tif", [drawn])
+    write_slide(tmp_path / "other.tif", [drawn // 2])
     looked = scoring.look
 
     def look_and_replace(crop: Any) -> np.ndarray:
-        write_slide(tmp_path / "s.tif", [drawn // 2])
+        with contextlib.suppress(FileNotFoundError):  # several threads look; the first one replaces it, at once
+            (tmp_path / "other.tif").replace(tmp_path / "s.tif")
         return looked(crop)
 
     monkeypatch.setattr(scoring, "look", look_and_replace)

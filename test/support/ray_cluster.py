@@ -16,15 +16,18 @@ from collections.abc import Iterator
 from typing import Any
 
 
+def authenticate() -> None:
+    """Put a cluster's token into the environment, where commands find it. Ray reads it when it is first imported."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
 @contextlib.contextmanager
 def cluster(cores: int = 2) -> Iterator[tuple[str, int]]:
-    """Address and process id. The commands find the cluster's token in the environment, as they would anywhere."""
+    """Address and process id."""
     before = dict(os.environ)
-    os.environ |= {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
+    authenticate()
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     command = [sys.executable, "-m", "test.support.ray_cluster", str(cores)]
     try:
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
