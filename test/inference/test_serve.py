@@ -225,17 +225,18 @@ def test_the_harness_runs_several_tasks_through_one_server(ensemble: Path, tmp_p
     ],
 )
 def test_the_harness_catches_broken_servers(program: str, message: str, tmp_path: Path) -> None:
+    hangs = program == "HANG"
     if program.isupper():
         health = "302" if program == "REDIRECT" else "200"
         program = f"""
 import http.server, time
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self): self.send_response({health}); self.end_headers()
-    def do_POST(self): {"time.sleep(60)" if program == "HANG" else "self.connection.close()"}
+    def do_POST(self): {"time.sleep(3600)" if hangs else "self.connection.close()"}
     def log_message(self, *_): pass
 http.server.ThreadingHTTPServer(("", 4743), Handler).serve_forever()
 """
     pk = layout.write_input(SAMPLE, tmp_path / "0/input", "2026", Random(0))
-    limits = engines.Limits(seconds=1, start_seconds=2 if program.startswith("import time") else 300)
+    limits = engines.Limits(seconds=1 if hangs else 300, start_seconds=2 if program.startswith("import time") else 300)
     [run] = served.run_native(tmp_path, [pk], None, limits, [sys.executable, "-c", program])
     assert message in messages(readout.judge(run, 16)[1])

@@ -102,7 +102,7 @@ def test_folds_side_by_side_survive_every_kill(fit, whole, tmp_path):
         until((run / "fold1" / "checkpoint.pt").exists, "a checkpoint")
         parent.kill()
         until(lambda: not members(run), "the folds to end with their parent")
-    assert not list(run.glob("fold*/oof.npz"))
+    assert not (run / "fold1" / "oof.npz").exists()  # on a busy machine fold 0 may be far ahead
     assert torch.load(run / "fold1" / "checkpoint.pt", weights_only=True)["epoch"] >= 1
 
     log.write_text("")
@@ -116,7 +116,7 @@ def test_folds_side_by_side_survive_every_kill(fit, whole, tmp_path):
     )
 
     with started(command, log=log) as (parent,):  # pre-emption
-        until(lambda: members(run, "--fold", "0"), "fold 0 to start")
+        until(lambda: members(run, "--fold", "1"), "fold 1 to start")
         parent.terminate()
         assert parent.wait(600) == 1
         assert not members(run)
