@@ -28,10 +28,10 @@ mypy "${folders[@]/test/test/harness}" || status=1 # the harness is a program; t
 shellcheck ./*.sh .ci/run test/*.sh requirements/*.sh || status=1
 
 # two workers, a file at a time and each with one thread; the floor under coverage holds only where no tests were chosen
-whole=()
+floor=()
 for word in "$@"; do
-    case $word in -k* | -m* | --lf | --ff | --co | test/* | *.py*) whole=(--cov-fail-under=0) ;; esac
+    case $word in -k* | -m* | --lf | --ff | --co | test/* | *.py*) floor=(--cov-fail-under=0) ;; esac
 done
-OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov "${whole[@]}" "$@" || status=$?
+OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov "${floor[@]}" "$@" || status=$?
 [ "$status" = 0 ] || echo "run_tests.sh: failed; see ruff, mypy, shellcheck or pytest above" >&2
 exit "$status"
