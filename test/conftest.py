@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -14,6 +15,32 @@ if TYPE_CHECKING:
 
 
 ray_cluster.authenticate()  # before any test module imports Ray
+
+
+@functools.cache
+def marked(file: Path, mark: str) -> bool:
+    """Whether some test of `file` has this mark; the process that hands out the work has no items to ask."""
+    return f"pytest.mark.{mark}" in file.read_text()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: a worker that took one last would keep the others waiting."""
+    items.sort(key=lambda item: (not marked(item.path, "docker"), not marked(item.path, "slow")))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`--dist loadfile`, where one worker takes all files with containers: they share an engine, ports and images."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduler(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "docker" if marked(config.rootpath / file, "docker") else file
+
+    return Scheduler(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import subprocess
 import sys
@@ -20,19 +21,22 @@ def make(folder: Path, requirements: str, purpose: str, *options: str) -> Path:
     Raises: RuntimeError where it cannot be made.
     """
     stamp, python = folder / "installed", folder / "bin/python"
-    if stamp.exists() and stamp.read_text() == requirements:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two workers of the tests may ask for it at once
+        if stamp.exists() and stamp.read_text() == requirements:
+            return python
+        print(f"installing what {purpose} needs into {folder.parent.name}/{folder.name}", flush=True)
+        command = ["uv", "venv", "--quiet", "--clear", "--seed", "--python", "3.11", str(folder)]
+        if not shutil.which("uv"):
+            own = sys.executable if sys.version_info[:2] == (3, 11) else "python3.11"
+            command = [own, "-m", "venv", "--clear", str(folder)]
+        run(command)
+        pinned = folder / "requirements.txt"
+        pinned.write_text(requirements)
+        run([str(python), *PIP, *options, "-r", str(pinned)])
+        stamp.write_text(requirements)
         return python
-    print(f"installing what {purpose} needs into {folder.parent.name}/{folder.name}", flush=True)
-    command = ["uv", "venv", "--quiet", "--clear", "--seed", "--python", "3.11", str(folder)]
-    if not shutil.which("uv"):
-        own = sys.executable if sys.version_info[:2] == (3, 11) else "python3.11"
-        command = [own, "-m", "venv", "--clear", str(folder)]
-    run(command)
-    lock = folder / "requirements.txt"
-    lock.write_text(requirements)
-    run([str(python), *PIP, *options, "-r", str(lock)])
-    stamp.write_text(requirements)
-    return python
 
 
 def run(command: list[str]) -> None:

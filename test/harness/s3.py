@@ -58,7 +58,7 @@ def s3_server() -> Iterator[Bucket]:
         server = subprocess.Popen(command, stdout=log, stderr=log)
         try:
             bucket = Bucket(f"http://127.0.0.1:{port}")
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 600
             while True:
                 try:
                     bucket.put("")

@@ -145,10 +145,10 @@ def test_expressions_that_are_let_through_are_fast(tmp_path: Path) -> None:
         ".*(a|a)(a|a)(a|a)(a|a)(a|a)(a|a)(a|a)(a|a).*.*!",
         "(.|.|.|.)" * 4 + ".*!",
     ):
-        start = time.perf_counter()
+        start = time.process_time()
         with pytest.raises(UserError, match="expected 0 by its targets"):
             read_adapter(write(tmp_path, target_modules=target), names)
-        assert time.perf_counter() - start < 5
+        assert time.process_time() - start < 5
     for row in BACKBONES.values():
         for target in row.targets.values():
             with pytest.raises(UserError, match="expected 0 by its targets"):

@@ -15,7 +15,7 @@ PROGRAMS = {"inference": INFERENCE, "training": TRAINING}
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

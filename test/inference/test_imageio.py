@@ -44,10 +44,10 @@ def test_reads(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", BAD)
 def test_refuses(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     content, reason = BAD[name]
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(UserError, match=re.escape(reason)) as caught:
         read(tmp_path, name, content)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     assert "expected" in str(caught.value) and str(caught.value).count(";") >= 2
     assert capfd.readouterr().out == ""
 

@@ -61,7 +61,6 @@ def test_a_process_answers_logs_and_is_silent(miniature: Path, tmp_path: Path) -
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
         env={**os.environ, "PYTHONPATH": str(ROOT), "LC_ALL": "C", "PYTHONUTF8": "0", "HOME": "/nonexistent"},
     )
     assert (done.returncode, done.stderr) == (0, "")
@@ -113,7 +112,6 @@ def test_a_process_fails_with_one_line(tmp_path: Path) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
     )
     assert (done.returncode, done.stdout, os.listdir(tmp_path / "output")) == (1, "", [])
     assert done.stderr.startswith("error: page ") and done.stderr.count("\n") == 1

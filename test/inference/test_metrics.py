@@ -25,7 +25,7 @@ def test_metrics_are_scikit_learns(seed: int, n: int, steps: int) -> None:
     assert found["sensitivity"] == pytest.approx(recall_score(labels, p >= 0.35))
     assert found["brier"] == pytest.approx(brier_score_loss(labels, p))
     cut, best = best_threshold(labels, p)
-    tried = [balanced_accuracy_score(labels, p >= value) for value in (*p, 2.0)]
+    tried = [balanced_accuracy_score(labels, p >= value) for value in {*p, 2.0}]
     assert best == pytest.approx(max(tried)) == balanced_accuracy_score(labels, p >= cut)
 
 

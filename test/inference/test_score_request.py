@@ -7,7 +7,6 @@ import io
 import json
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -23,6 +22,7 @@ from PIL import Image
 from inference import score_request, serve
 from inference.ensemble import Ensemble
 from inference.errors import UserError
+from test.support.processes import connections, until
 
 CROPS = [np.random.default_rng(n).integers(0, 255, (96, 96, 3), dtype=np.uint8) for n in range(3)]
 
@@ -75,7 +75,7 @@ def port(ensemble: Ensemble, tasks: list[int]) -> Iterator[int]:
 
 def raw(port: int, data: bytes, finish: bool = False) -> bytes:
     """What the server answers to these bytes; finish: our side is closed behind them."""
-    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=600) as connection:
         connection.sendall(data)
         if finish:
             connection.shutdown(socket.SHUT_WR)
@@ -203,21 +203,19 @@ def test_callers_that_left_do_not_hold_up_one_that_waits(ensemble) -> None:
     def task() -> dict[str, Any]:
         ran.append(1)
         begun.set()
-        assert go.wait(60)
+        assert go.wait(600)
         return {"pages": 1, "seconds": 0.0}
 
     with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(2) as callers:
         server = serve.Server(("127.0.0.1", 0), pool, task)
         threading.Thread(target=server.serve_forever, args=(0.01,)).start()
         first = callers.submit(ask, server.server_port, "POST", "/invoke")
-        assert begun.wait(60)
-        before = threading.active_count()
+        assert begun.wait(600)
+        before = connections()
         for _ in range(30):
             with socket.create_connection(("127.0.0.1", server.server_port)) as connection:
                 connection.sendall(b"POST /invoke HTTP/1.0\r\n\r\n")
-        deadline = time.monotonic() + 60
-        while threading.active_count() < before + 30 and time.monotonic() < deadline:
-            pass  # until all of them wait for their turn
+        until(lambda: connections() == before + 30, "all of them to wait for their turn")
         last = callers.submit(ask, server.server_port, "POST", "/invoke")
         go.set()
         assert first.result()[0] == last.result()[0] == 201

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +24,7 @@ from inference.contract import OUTPUT
 from inference.errors import UserError
 from test.harness import engines, layout, readout, served
 from test.support.miniature import make_ensemble
+from test.support.processes import connections, until
 from test.support.programs import messages
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,8 +37,13 @@ def free_port() -> int:
         return any_socket.getsockname()[1]
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def call(port: int, method: str, path: str, body: bytes | None = None) -> tuple[int, dict[str, object]]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     connection.request(method, path, body)
     answer = connection.getresponse()
     return answer.status, json.loads(answer.read() or b"{}")
@@ -67,13 +72,8 @@ def test_tasks_of_a_real_server_do_not_meet(ensemble: Path, tmp_path: Path) -> N
     server = start(ensemble, tmp_path, port)
     answer, statuses, answers = tmp_path / "output" / OUTPUT, [], []
     try:
-        for _ in range(600):
-            try:
-                assert call(port, "GET", "/health") == (200, {"status": "ready"})
-                break
-            except ConnectionError:
-                assert server.poll() is None
-                time.sleep(0.1)
+        until(lambda: server.poll() is not None or listens(port), "the server to listen")
+        assert call(port, "GET", "/health") == (200, {"status": "ready"})
         for task in ("good", "bad", "none", "good"):
             shutil.rmtree(tmp_path / "input", ignore_errors=True)
             if task != "none":
@@ -89,7 +89,7 @@ def test_tasks_of_a_real_server_do_not_meet(ensemble: Path, tmp_path: Path) -> N
         assert call(port, "GET", "/")[0] == 200 and call(port, "POST", "/health")[0] == 404
     finally:
         server.send_signal(signal.SIGTERM)
-        out, err = server.communicate(timeout=30)
+        out, err = server.communicate(timeout=600)
     assert statuses == [201, 500, 500, 201]
     assert answers[0] == answers[3] is not None
     assert server.returncode == 0
@@ -124,14 +124,14 @@ def test_tasks_run_one_at_a_time_and_health_answers_meanwhile(server: Callable[.
         running[0] += 1
         most[0] = max(most[0], running[0])
         begun.set()
-        assert go.wait(20)
+        assert go.wait(600)
         running[0] -= 1
         return {"pages": 1, "seconds": 0.0}
 
     port = server(task).server_port
     with ThreadPoolExecutor(4) as callers:
         calls = [callers.submit(call, port, "POST", "/invoke") for _ in range(4)]
-        assert begun.wait(20)
+        assert begun.wait(600)
         assert call(port, "GET", "/health")[0] == 200
         go.set()
         assert [one.result()[0] for one in calls] == [201] * 4
@@ -143,15 +143,16 @@ def test_the_task_that_runs_is_finished_before_the_end(server: Callable[..., ser
 
     def task() -> dict[str, object]:
         begun.set()
-        go.wait(20)
+        go.wait(600)
         return {"pages": 1, "seconds": 0.0}
 
     one = server(task)
     with ThreadPoolExecutor(2) as callers:
         first = callers.submit(call, one.server_port, "POST", "/invoke")
-        assert begun.wait(20)
+        assert begun.wait(600)
+        before = connections()
         second = callers.submit(call, one.server_port, "POST", "/invoke")
-        time.sleep(0.1)
+        until(lambda: connections() > before, "the second to be taken")
         one.stop()
         go.set()
         assert first.result()[0] == 201
@@ -194,7 +195,7 @@ def test_a_taken_port_and_missing_weights_are_one_line(ensemble: Path, tmp_path:
         with pytest.raises(UserError, match="expected a free port"):
             serve.Server(("127.0.0.1", taken.getsockname()[1]), ThreadPoolExecutor(1), dict)
     done = start(tmp_path, tmp_path, free_port())
-    err = done.communicate(timeout=60)[1]
+    err = done.communicate(timeout=600)[1]
     assert done.returncode == 1
     assert err.count("\n") == 1, err
     assert "no ensemble.json" in err
@@ -204,7 +205,7 @@ def test_the_harness_runs_several_tasks_through_one_server(ensemble: Path, tmp_p
     pks = [layout.write_input(SAMPLE, tmp_path / f"{k}/input", "2026", Random(k)) for k in range(3)]
     [stack] = (tmp_path / "1/input/images" / layout.SLUG).iterdir()
     stack.unlink()
-    runs = served.run_native(tmp_path, pks, ensemble, engines.Limits(seconds=60))
+    runs = served.run_native(tmp_path, pks, ensemble, engines.Limits(seconds=300))
     findings = [readout.judge(run, 16)[1] for run in runs]
     assert passed(findings[0]), messages(findings[0])
     assert "exit code 1: error: no image among 0 files" in messages(findings[1])
@@ -224,17 +225,18 @@ def test_the_harness_runs_several_tasks_through_one_server(ensemble: Path, tmp_p
     ],
 )
 def test_the_harness_catches_broken_servers(program: str, message: str, tmp_path: Path) -> None:
+    hangs = program == "HANG"
     if program.isupper():
         health = "302" if program == "REDIRECT" else "200"
         program = f"""
 import http.server, time
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self): self.send_response({health}); self.end_headers()
-    def do_POST(self): {"time.sleep(60)" if program == "HANG" else "self.connection.close()"}
+    def do_POST(self): {"time.sleep(3600)" if hangs else "self.connection.close()"}
     def log_message(self, *_): pass
 http.server.ThreadingHTTPServer(("", 4743), Handler).serve_forever()
 """
     pk = layout.write_input(SAMPLE, tmp_path / "0/input", "2026", Random(0))
-    limits = engines.Limits(seconds=1, start_seconds=2 if program.startswith("import time") else 30)
+    limits = engines.Limits(seconds=1 if hangs else 300, start_seconds=2 if program.startswith("import time") else 300)
     [run] = served.run_native(tmp_path, [pk], None, limits, [sys.executable, "-c", program])
     assert message in messages(readout.judge(run, 16)[1])

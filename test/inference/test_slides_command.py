@@ -6,10 +6,8 @@ import contextlib
 import csv
 import json
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from inference.errors import UserError
 from inference.slides import reader, scoring, statistics
 from test.support import detection_files as files
 from test.support.commands import inference
+from test.support.processes import killed
 from test.support.pyramids import FIGURES, pyramid, write_slide
 
 PLACES = list(FIGURES)
@@ -137,14 +136,9 @@ def test_a_killed_run_is_resumed_and_ends_as_a_fresh_one(slide, drawn, miniature
     detections = files.qupath(tmp_path / "s.geojson", places)
     out, journal = tmp_path / "out.csv", tmp_path / ".out.csv.journal"
     options = ["--csv", str(out), "--weights", str(miniature), "--device", "cpu", "--precision", "fp32"]
+    killed("inference.slides.journal:Journal", "add", 2, "slides", detections, *options)
+    assert not out.exists() and 0 < journal.read_bytes().count(b"\n") < len(places)
     command = [sys.executable, "-m", "inference", "slides", str(detections), *options]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 600
-    while not journal.exists() or journal.read_bytes().count(b"\n") < 20:
-        assert process.poll() is None and time.monotonic() < deadline
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not out.exists()
     with journal.open("ab") as stream:
         stream.write(b'["torn')
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -93,7 +93,7 @@ def write(members: Members, file: Path) -> None:
             else:
                 entry.size = len(content)
                 tar.addfile(entry, io.BytesIO(content))
-    file.write_bytes(gzip.compress(buffer.getvalue(), 1, mtime=0))
+    file.write_bytes(gzip.compress(buffer.getvalue(), 0, mtime=0))
 
 
 def job_answers(tarball: Path, folder: Path) -> bool:

@@ -84,19 +84,18 @@ def test_doubtful_programs_are_warned_of(tmp_path: Path, program: str, message: 
 
 def test_a_hang_gets_term_and_may_end_cleanly(tmp_path: Path) -> None:
     program = "import signal, time; signal.signal(15, lambda *_: print('got TERM') or exit(0)); time.sleep(60)"
-    ended, answers, findings = run_program(tmp_path, program, seconds=1)
+    ended, answers, findings = run_program(tmp_path, program, seconds=5)
     assert "Time limit exceeded" in messages(findings)
     assert answers is None
-    assert ended.stdout == b"got TERM\n"
-    assert ended.seconds < 5  # not killed
+    assert (ended.code, ended.stdout) == (0, b"got TERM\n")  # not killed
 
 
 def test_a_hang_that_ignores_term_is_killed_with_its_children(tmp_path: Path) -> None:
     program = "import os, signal, time; signal.signal(15, signal.SIG_IGN); print(os.fork()); time.sleep(60)"
-    ended, _, findings = run_program(tmp_path, program, seconds=0.5)
+    ended, _, findings = run_program(tmp_path, program, seconds=5)
     assert "Time limit exceeded" in messages(findings)
     assert ended.code == -9
-    assert ended.seconds >= 5
+    assert ended.seconds >= 10
     for pid in (int(line) for line in ended.stdout.split() if line != b"0"):
         state = Path(f"/proc/{pid}/stat")  # gone, or a zombie until its new parent looks
         assert not state.exists() or state.read_text().split()[2] == "Z"
@@ -104,5 +103,5 @@ def test_a_hang_that_ignores_term_is_killed_with_its_children(tmp_path: Path) ->
 
 def test_a_child_that_keeps_stdout_open_is_found(tmp_path: Path) -> None:
     program = WRITE + "import subprocess; subprocess.Popen(['sleep', '30'])"
-    _, _, findings = run_program(tmp_path, program, seconds=2)
+    _, _, findings = run_program(tmp_path, program, seconds=5)
     assert "kept stdout or stderr open" in messages(findings)

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from test.support.processes import until
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 KEYS = {
     "Left": "\ue012",
@@ -50,10 +52,16 @@ class Browser:
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(self.address + path, content, headers, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=180) as response:
+            with urllib.request.urlopen(request, timeout=600) as response:
                 return json.load(response)["value"]
         except urllib.error.HTTPError as error:
             raise RuntimeError(json.load(error)["value"]["message"]) from None
+
+    def ready(self) -> bool:
+        try:
+            return bool(self.call("GET", "/status")["ready"])
+        except OSError:
+            return False
 
     def open(self, file: Path) -> float:
         """Open a page from disk; returns the seconds until its load event."""
@@ -122,16 +130,11 @@ def browser() -> Iterator[Browser]:
         "goog:loggingPrefs": {"browser": "ALL"},
     }
     try:
-        for _ in range(100):
-            try:
-                if window.call("GET", "/status")["ready"]:
-                    break
-            except OSError:
-                time.sleep(0.1)
+        until(window.ready, "the browser's driver")
         session = window.call("POST", "/session", {"capabilities": {"alwaysMatch": capabilities}})["sessionId"]
         window.address += f"/session/{session}"
         yield window
         window.call("DELETE", "")
     finally:
         driver.terminate()
-        driver.wait(10)
+        driver.wait(600)

@@ -8,8 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from safetensors.torch import load_file
 
 from inference.errors import UserError
 from test.support.miniature import random_base
+from test.support.processes import until
 from test.support.tables import tiny_table
 from training.__main__ import main
 from training.data import load_data
@@ -73,14 +73,6 @@ def started(*commands: list[str], log: Path) -> Iterator[list[subprocess.Popen[b
                 process.wait()
 
 
-def until(condition: Callable[[], object], what: str, seconds: int = 600) -> None:
-    """Wait for `condition` to hold."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"waited {seconds} s for {what}"
-        time.sleep(0.02)
-
-
 def members(run: Path, *words: str) -> list[psutil.Process]:
     """The live processes with this run folder and all of `words` on their command line."""
     found = []
@@ -110,23 +102,23 @@ def test_folds_side_by_side_survive_every_kill(fit, whole, tmp_path):
         until((run / "fold1" / "checkpoint.pt").exists, "a checkpoint")
         parent.kill()
         until(lambda: not members(run), "the folds to end with their parent")
-    assert not list(run.glob("fold*/oof.npz"))
+    assert not (run / "fold1" / "oof.npz").exists()  # on a busy machine fold 0 may be far ahead
     assert torch.load(run / "fold1" / "checkpoint.pt", weights_only=True)["epoch"] >= 1
 
     log.write_text("")
     with started(command, log=log) as (parent,):  # kill -9 of one fold ends the run
         until(lambda: members(run, "--fold", "1"), "fold 1 to start")
         members(run, "--fold", "1")[0].kill()
-        assert parent.wait(300) == 1
+        assert parent.wait(600) == 1
         assert not members(run)
     assert log.read_text().splitlines()[-1] == (
         "error: fold 1 was ended by SIGKILL; the other folds were stopped; the same command resumes"
     )
 
     with started(command, log=log) as (parent,):  # pre-emption
-        until(lambda: members(run, "--fold", "0"), "fold 0 to start")
+        until(lambda: members(run, "--fold", "1"), "fold 1 to start")
         parent.terminate()
-        assert parent.wait(300) == 1
+        assert parent.wait(600) == 1
         assert not members(run)
     assert "error: stopped by SIGTERM, every fold with it; the same command resumes" in log.read_text()
 
@@ -157,7 +149,7 @@ def test_two_processes_take_the_steps_of_one_whatever_happens_to_their_launcher(
     with started(command, log=log) as (launcher,):  # pre-emption
         until(lambda: log.read_text().count("24 crops") == 2, "the workers to have found each other")
         launcher.terminate()
-        assert launcher.wait(300) != 0
+        assert launcher.wait(600) != 0
         assert not members(run)
     with started(command, log=log) as (launcher,):
         assert launcher.wait(600) == 0, log.read_text()
@@ -189,7 +181,7 @@ def test_two_machines_take_the_steps_of_one_whatever_happens_to_a_worker(fit, wh
         until((run / "fold1" / "checkpoint.pt").exists, "a checkpoint")
         (worker,) = (p for p in psutil.Process(machines[1].pid).children() if str(run) in p.cmdline())
         worker.kill()
-        assert all(machine.wait(300) for machine in machines)
+        assert all(machine.wait(600) for machine in machines)
         until(lambda: not members(run), "the other worker to end")
     assert not (run / "fold1" / "oof.npz").exists()
     log.write_text("")
