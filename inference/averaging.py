@@ -25,7 +25,7 @@ def average(
     if averaging == "logit":
         return sigmoid(_weighted([member.mean((0, 1)) for member in scaled], weights))
     p = _weighted([sigmoid(member).mean((0, 1)) for member in scaled], weights)
-    return np.minimum(p, 1)  # weights that add up to 1 may round to more
+    return p.clip(max=1)  # weights that add up to 1 may round to more
 
 
 def _weighted(values: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,14 @@ def _is_share(value: Any) -> bool:
     return _is_number(value) and 0 < value <= 1
 
 
+def _is_side(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 8 <= value <= 4096
+
+
+def _is_triple(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))
+
+
 def _is_plain_name(name: str) -> bool:
     return bool(re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", name))  # never a way out of the folder
 
@@ -263,14 +272,12 @@ def _check(file: Path, key: str, value: Any, kind: Any, accepts: Any) -> None:
 
 
 def _check_preprocess(file: Path, where: str, preprocess: dict[str, Any]) -> None:
-    side = lambda value: isinstance(value, int) and not isinstance(value, bool) and 8 <= value <= 4096  # noqa: E731
-    triple = lambda value: isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))  # noqa: E731
-    rules = {
-        "crop": lambda v: v is None or side(v),
-        "size": side,
+    rules: dict[str, Callable[[Any], bool]] = {
+        "crop": lambda v: v is None or _is_side(v),
+        "size": _is_side,
         "kernel": lambda v: v in KERNELS,
-        "mean": triple,
-        "std": lambda v: triple(v) and min(v) > 0,
+        "mean": _is_triple,
+        "std": lambda v: _is_triple(v) and min(v) > 0,
     }
     for key in sorted(rules.keys() ^ preprocess.keys()):
         raise UserError(

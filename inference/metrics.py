@@ -14,7 +14,8 @@ ECE_BINS = 10
 
 def sigmoid(z: np.ndarray) -> np.ndarray:
     """1 / (1 + exp(-z)), without overflow."""
-    return 1 / (1 + np.exp(-np.clip(z, -500, 500)))
+    p: np.ndarray = 1 / (1 + np.exp(-np.clip(z, -500, 500)))
+    return p
 
 
 def roc_auc(labels: np.ndarray, values: np.ndarray) -> float:

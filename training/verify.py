@@ -129,8 +129,9 @@ def fold_logits(
     member: Member, fold: Path, crops: Sequence[np.ndarray], device: torch.device, dtype: torch.dtype
 ) -> np.ndarray:
     """Logits (V, N) of one fold by timm and PEFT alone; only the resized crops come from this project."""
-    model = build(member.backbone, 1, member.pool)
-    load_base(model, member.base, lookup(member.backbone).head)
+    backbone = lookup(member.backbone)
+    model = build(backbone, 1, member.pool)
+    load_base(model, member.base, backbone.head)
     merged = PeftModel.from_pretrained(model, fold).merge_and_unload().to(device, dtype).eval()
     preprocess = Preprocess(**member.preprocess)
     answers = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ..errors import UserError
 from .source import File
@@ -159,7 +159,7 @@ def _directory(
     return tags, _unpack(stream, start + count * step, link)[0], total
 
 
-def _unpack(stream: BinaryIO, offset: int, form: str) -> tuple:
+def _unpack(stream: BinaryIO, offset: int, form: str) -> tuple[Any, ...]:
     length = struct.calcsize(form)
     if offset >= 1 << 62:
         raise Damaged("points outside the file")

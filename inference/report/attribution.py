@@ -54,7 +54,8 @@ def bumps(side: int) -> np.ndarray:
     """One axis of a Gaussian at each position, (GRID, side)."""
     places = (np.arange(GRID) + 0.5) / GRID
     pixels = (np.arange(side) + 0.5) / side
-    return np.exp(-0.5 * ((pixels[None] - places[:, None]) / WIDTH) ** 2)
+    heights: np.ndarray = np.exp(-0.5 * ((pixels[None] - places[:, None]) / WIDTH) ** 2)
+    return heights
 
 
 def masks(side: int) -> np.ndarray:
@@ -82,8 +83,9 @@ def hide(square: np.ndarray, position: int, fill: np.ndarray) -> np.ndarray:
 
 
 def logit(p: np.ndarray) -> np.ndarray:
-    p = np.clip(p, 1e-9, 1 - 1e-9)
-    return np.log(p / (1 - p))
+    p = p.clip(1e-9, 1 - 1e-9)
+    z: np.ndarray = np.log(p / (1 - p))
+    return z
 
 
 def attribute(ensemble: Ensemble, crop: np.ndarray) -> Attribution:
