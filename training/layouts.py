@@ -77,9 +77,7 @@ def check_folders(crops: Iterable[Crop]) -> None:
 def _count_outvoted(name: str, crops: Iterable[Crop], notes: list[str]) -> None:
     outvoted = sum(bool(crop.votes) and crop.label != (2 * sum(crop.votes) > len(crop.votes)) for crop in crops)
     if outvoted:
-        notes.append(
-            f"{name}: {outvoted} published labels differ from the majority of their votes; the labels are kept"
-        )
+        notes.append(f"{name}: {outvoted} published labels differ from the majority of their votes; labels are kept")
 
 
 def _ami_br(file: Path, rows: list[Row], notes: list[str], path_of: Callable[[Row], Path | None]) -> list[Crop]:
@@ -91,9 +89,7 @@ def _ami_br(file: Path, rows: list[Row], notes: list[str], path_of: Callable[[Ro
             continue
         votes = tuple(int(row[f"expert{e}_atypical"] == "True") for e in (1, 2, 3))
         scanner, tumour = ami_br_scanner(row["dataset"], row["slide"]), "human breast cancer"
-        origin = (
-            "" if scanner == "Leica SCN400" else "UMC Utrecht"
-        )  # TUPAC16 does not say which of two other centres a Leica slide is from
+        origin = "" if scanner == "Leica SCN400" else "UMC Utrecht"  # Leica: one of two unnamed centres
         label = parse_label(row.get("final_label") or row["majority_atypical"], str(file))
         group, name = f"{row['dataset']}/{row['slide']}", f"AMi-Br/{_ami_br_name(row)}"
         crops.append(Crop(path, label, group, f"{tumour} x {scanner}", votes, name, tumour, scanner, origin))
@@ -141,7 +137,7 @@ def midog25(file: Path, rows: list[Row], notes: list[str]) -> list[Crop]:
 
 
 def omg_octo(file: Path, rows: list[Row], notes: list[str]) -> list[Crop]:
-    """A CSV with image_file and label (AMF or MF; other rows are not mitotic figures); the slide is the name up to "_"."""
+    """A CSV with image_file and label (AMF, MF; others are not mitotic figures); the slide is the name up to "_"."""
     images = {path.name: path for path in file.parent.rglob("*") if path.suffix.lower() in IMAGES}
     kept = [row for row in rows if row["label"].strip().upper() in ("AMF", "MF", "NMF")]
     if len(kept) < len(rows):
@@ -200,9 +196,7 @@ def plain(file: Path, rows: list[Row], notes: list[str]) -> list[Crop]:
         where = f"{file}, line {number}"
         votes = tuple(parse_label(vote, where) for vote in re.split(r"[\s;|]+", row.get("votes") or "") if vote)
         if not row["group"]:
-            raise UserError(
-                f"{where}: no group; expected its slide or case, without which a split cannot be checked for leaks; add it"
-            )
+            raise UserError(f"{where}: no group; expected its slide or case, needed to check a split for leaks; add it")
         path = Path(row["path"])
         name = f"{file.stem}/{path.name if path.is_absolute() else path.as_posix()}"
         label, domain = parse_label(row["label"], where), row["domain"] or "unknown"

@@ -25,9 +25,7 @@ T = TypeVar("T")
 def die_with_parent() -> None:
     """Have the kernel kill this process when its launcher dies, even by kill -9. Does nothing except on Linux."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(
-            PR_SET_PDEATHSIG, signal.SIGKILL
-        )  # safe at any moment: checkpoints are replaced atomically
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # checkpoints are replaced atomically
 
 
 def say(accelerator: Accelerator, line: str) -> None:

@@ -59,7 +59,7 @@ def bumps(side: int) -> np.ndarray:
 
 
 def masks(side: int) -> np.ndarray:
-    """How much each position hides of each pixel, (GRID^2, side, side) in [0, 1]: flat in the middle, soft at the edges."""
+    """How much of each pixel each position hides, (GRID^2, side, side) in [0, 1]: a flat top with soft edges."""
     bump = bumps(side)
     product = bump[:, None, :, None] * bump[None, :, None, :]
     return np.clip(2 * product, 0, 1).reshape(GRID * GRID, side, side)
@@ -93,9 +93,7 @@ def attribute(ensemble: Ensemble, crop: np.ndarray) -> Attribution:
     side = min(*crop.shape[:2], max(seen))
     top, left = (crop.shape[0] - side) // 2, (crop.shape[1] - side) // 2
     square = crop[top : top + side, left : left + side]
-    fill = np.median(
-        square, axis=(0, 1)
-    )  # looks like tissue of the same stain, without an edge for the network to react to
+    fill = np.median(square, axis=(0, 1))  # like tissue of the same stain, with no edge to react to
     count = max(1, CHUNK // square.nbytes)
     p = [ensemble.predict([square], tta="none").p_atypical]
     for first in range(0, GRID * GRID, count):

@@ -230,7 +230,7 @@ def test_what_is_there_is_not_overwritten(weights, crops, tmp_path) -> None:
 def test_one_run_at_a_time_writes_to_a_file(tmp_path) -> None:
     (tmp_path / "ensemble.json").write_text("{}")
     table = Table(tmp_path / "out.csv", load_like(tmp_path), COMPUTED)
-    with pytest.raises(UserError, match="another run writes"):
+    with pytest.raises(UserError, match="another run is writing"):
         Table(tmp_path / "out.csv", load_like(tmp_path), COMPUTED)
     assert not table.keys
 
