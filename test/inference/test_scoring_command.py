@@ -293,7 +293,7 @@ def test_folders_can_be_labels(crops) -> None:
         ("path\na.png\n", "truth", "has no column 'truth'"),
         ("path,label\na.png,perhaps\n", "label", "row 2, column label: label is 'perhaps'"),
         ("path,page\na.png,-1\n", None, "page is '-1'"),
-        ("path,page\na.png\n", None, "row 2 has not 2 fields"),
+        ("path,page\na.png\n", None, "row 2 does not have 2 fields"),
         ("", None, "has the columns"),
     ],
 )
