@@ -18,6 +18,7 @@ import torch
 from peft import PeftModel
 
 from inference.backbones import build, lookup
+from inference.commandline import DEVICES
 from inference.device import choose_device
 from inference.ensemble import Ensemble
 from inference.errors import UserError
@@ -38,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", type=Path, help=f"a folder, file or CSV of crops; its first {MOST} are taken (default: generated)"
     )
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
 
 
 def run(options: argparse.Namespace) -> None:

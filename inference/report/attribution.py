@@ -62,7 +62,8 @@ def masks(side: int) -> np.ndarray:
     """How much of each pixel each position hides, (GRID^2, side, side) in [0, 1]: a flat top with soft edges."""
     bump = bumps(side)
     product = bump[:, None, :, None] * bump[None, :, None, :]
-    return np.clip(2 * product, 0, 1).reshape(GRID * GRID, side, side)
+    hidden: np.ndarray = np.clip(2 * product, 0, 1).reshape(GRID * GRID, side, side)
+    return hidden
 
 
 def hide(square: np.ndarray, position: int, fill: np.ndarray) -> np.ndarray:

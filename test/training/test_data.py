@@ -95,7 +95,7 @@ def test_midog25_has_one_spelling_per_scanner_and_reports_outvoted_labels(tmp_pa
     assert {crop.domain for crop in crops[:2]} == {"human breast cancer x Hamamatsu XR"}
     assert crops[0].votes == (0, 0)
     assert crops[2].label == 0  # as published, though two of three experts say otherwise
-    assert any("1 published labels are not the majority" in note for note in notes)
+    assert any("1 published labels differ from the majority" in note for note in notes)
 
 
 def test_merging_counts_the_figures_of_midog25_that_are_ami_brs_once(tmp_path):
