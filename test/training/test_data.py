@@ -132,7 +132,7 @@ def test_atnorm_has_one_group_and_five_votes(tmp_path):
     assert len({crop.group for crop in crops}) == 1
     assert any("held-out test set" in note for note in notes)
     write_csv(folder / "AtNorM-MD_expert_votes.csv", header, [[*rows[0][:-1], "Normal"]])
-    with pytest.raises(UserError, match="folder and votes to agree"):
+    with pytest.raises(UserError, match="folder and its votes to agree"):
         load_set(folder)
     (folder / "AtNorM-MD_expert_votes.csv").unlink()
     assert load_set(folder.rename(tmp_path / "AtNorM-Br"))[0].name == "AtNorM-Br"
