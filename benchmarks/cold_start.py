@@ -23,7 +23,7 @@ import torch
 
 from benchmarks import floor, workload
 from inference.backbones import BACKBONES
-from inference.manifest import TTA_VIEWS, load_manifest
+from inference.manifest import PRECISIONS, TTA_VIEWS, load_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -192,7 +192,7 @@ def main() -> None:
     )
     parser.add_argument("--crops", type=int, default=16)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto")
+    parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "benchmarks", help="random weights stay here")
     parser.add_argument("--json", type=Path, metavar="FILE")

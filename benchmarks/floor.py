@@ -37,7 +37,7 @@ def read_rate(file: Path) -> float:
 def multiply_adds(backbone: str, size: int, pool: str) -> int:
     """Floating point operations (two per multiply-add) of one view through one fold, counted on the meta device."""
     with torch.device("meta"):
-        model = build(backbone, 1, pool)
+        model = build(BACKBONES[backbone], 1, pool)
         batch = torch.empty(1, 3, size, size)
     with FlopCounterMode(display=False) as counter:
         model(batch)
@@ -48,7 +48,7 @@ def matrix_rate(backbone: str, rows: int, precision: str, device: str, seconds: 
     """Operations per second of the backbone's own four matrix products over `rows` tokens in `precision`."""
     row = BACKBONES[backbone]
     with torch.device("meta"):
-        state = build(backbone, 0).state_dict()
+        state = build(row, 0).state_dict()
     names = [n for n in state if n.startswith("blocks.0.") and state[n].ndim == 2] if row.depth else []
     shapes = [tuple(state[name].shape) for name in names] or [(1280, 1280)]
     dtype = DTYPES[precision]

@@ -23,7 +23,7 @@ from benchmarks.cold_start import ROOT, machine, run_ours
 from inference.adapters import Weights
 from inference.backbones import BACKBONES
 from inference.commandline import DEVICES
-from inference.manifest import Member, load_manifest
+from inference.manifest import PRECISIONS, Member, load_manifest
 
 PLATFORM = 16e9  # bytes, of host memory and of a T4's
 
@@ -118,7 +118,7 @@ def main() -> None:
     which.add_argument("--weights", type=Path, metavar="DIR", help="an ensemble folder of several members")
     parser.add_argument("--crops", type=int, default=16)
     parser.add_argument("--device", choices=DEVICES, default="cpu")
-    parser.add_argument("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto")
+    parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "benchmarks", help="random weights stay here")
     parser.add_argument("--json", type=Path, metavar="FILE")

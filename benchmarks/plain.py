@@ -26,7 +26,7 @@ def main(kind: str, folder: Path, stack: Path, out: Path) -> None:
     if kind == "foundation":
         from peft import PeftModel
 
-        from inference.backbones import build
+        from inference.backbones import build, lookup
         from inference.preprocess import Preprocess, to_batch
     tick()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -36,7 +36,7 @@ def main(kind: str, folder: Path, stack: Path, out: Path) -> None:
         preprocess = Preprocess(**manifest["preprocess"])
         prepare = lambda page: to_batch([np.asarray(page)], preprocess)  # noqa: E731
         for number in range(len(manifest["folds"])):
-            model = build(manifest["backbone"], 1, manifest["pool"])
+            model = build(lookup(manifest["backbone"]), 1, manifest["pool"])
             state = torch.load(folder.with_suffix(".pth"), map_location="cpu", weights_only=True)
             model.load_state_dict(state, strict=False)
             models.append(

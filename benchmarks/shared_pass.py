@@ -26,7 +26,7 @@ class RandomWeights:
     def __init__(self, backbone: str, first: int, folds: int, device: str, **overrides: Any) -> None:
         """first: the lowest block whose attention and MLP are adapted."""
         with torch.device("meta"):
-            state = build(backbone, 0, "token", **overrides).state_dict()
+            state = build(lookup(backbone), 0, "token", **overrides).state_dict()
         self.dtype, self.names = torch.float32, frozenset(state)
         parts = (
             "attn.qkv.weight",

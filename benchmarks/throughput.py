@@ -13,6 +13,7 @@ from pathlib import Path
 from benchmarks import workload
 from inference.ensemble import Ensemble
 from inference.imageio.stack import read_stack
+from inference.manifest import PRECISIONS
 
 from .cold_start import ROOT, machine
 
@@ -22,7 +23,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "default")
     parser.add_argument("--stacks", type=int, default=20)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto")
+    parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     job = workload.make_input(16, ROOT / ".cache" / "benchmarks")

@@ -37,7 +37,7 @@ def make(backbone: str, cache: Path) -> Path:
     row = BACKBONES[backbone]
     torch.manual_seed(0)
     with torch.device("meta"):
-        state = build(backbone, 0).state_dict()
+        state = build(row, 0).state_dict()
     for name, value in state.items():
         filled = torch.empty_like(value, device="cpu")
         if value.ndim < 2:

@@ -15,12 +15,12 @@ __version__ = "0.1.0"
 __all__ = ["Ensemble", "__version__"]
 
 # Read when PyTorch is loaded. By default its threads busy-wait for milliseconds after each layer: that gains nothing on
-# an idle machine, and a factor of ten is lost where another process wants the cores.
+# an idle machine and costs a factor of ten when another process wants the cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def __getattr__(name: str) -> Any:
-    """Import PyTorch when `Ensemble` is first asked for, and not with the package: a job reads its input meanwhile."""
+    """Import PyTorch when `Ensemble` is first used, not with the package: until then a job reads its input."""
     if name == "Ensemble":
         from .ensemble import Ensemble
 

@@ -1,4 +1,4 @@
-"""`python -m inference`: one job as the platform starts it, or one of the other commands; see --help."""
+"""`python -m inference`: the job that the platform starts, or another command; see --help."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from .exits import FAILED, INTERRUPTED, describe
 
 DESCRIPTION = """Atypical or normal: classify mitotic figures with an ensemble of LoRA folds.
 
-Without a command, `job` takes the options: python -m inference --input DIR --output DIR"""
+Without a command, `job` runs: python -m inference --input DIR --output DIR"""
 COMMANDS = {
-    "job": Command("inference.job", "answer the stack in /input with a JSON file in /output, as the platform asks"),
-    "score": Command("inference.scoring.command", "P(atypical) of any crops, as a CSV file and as a page to look at"),
-    "crops": Command("inference.slides.command", "cut crops from whole slides, one PNG file for each detection"),
-    "slides": Command("inference.slides.classify", "classify detections on whole slides, from QuPath and for QuPath"),
-    "serve": Command("inference.serve", "keep the ensemble loaded and answer tasks over HTTP"),
-    "doctor": Command("inference.doctor", "check this machine and an ensemble; each problem comes with its fix"),
+    "job": Command("inference.job", "classify the stack in /input and write the platform's JSON file to /output"),
+    "score": Command("inference.scoring.command", "score any crops: P(atypical) as a CSV file and an HTML report"),
+    "crops": Command("inference.slides.command", "cut crops from whole slides, one PNG file per detection"),
+    "slides": Command(
+        "inference.slides.classify", "classify detections on whole slides, with QuPath's GeoJSON in and out"
+    ),
+    "serve": Command("inference.serve", "keep the ensemble loaded and answer requests over HTTP"),
+    "doctor": Command("inference.doctor", "check this machine and an ensemble, with a fix for each problem"),
 }
 
 
@@ -41,4 +43,4 @@ if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
-    os._exit(code)  # without PyTorch's teardown, which took 0.3 s of every job; the answer is on disk
+    os._exit(code)  # skips PyTorch's teardown, 0.3 s of every job; the answers are on disk

@@ -6,19 +6,22 @@ base, no more and no fewer. Only a tensor that an adapter changes exists once pe
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import UserError
 from .files import read_json
+
+T = TypeVar("T")
 
 PREFIX = "base_model.model."
 HEADS = ("head", "classifier", "head.fc", "fc")  # timm's names of a linear head
@@ -235,9 +238,9 @@ class Weights:
 
     def convert_to(self, dtype: torch.dtype) -> Weights:
         """The same weights in another precision, sharing what was read."""
-        other = object.__new__(Weights)
-        other.__dict__ = self.__dict__ | {"dtype": dtype, "_kept": {}, "_shared": {}}
-        return other
+        converted = copy.copy(self)
+        converted.dtype, converted._kept, converted._shared = dtype, {}, {}
+        return converted
 
     def _read(self, name: str) -> torch.Tensor:
         """As stored, on the device."""
@@ -246,7 +249,8 @@ class Weights:
                 f"{self._file}: no tensor {name}; expected one for the backbone; make it with 'training base'"
             )
         # through a handle of its own: the shared one would keep every page that was ever read mapped, a second copy
-        return open_safetensors(self._file).get_tensor(name).to(self.device)
+        stored: torch.Tensor = open_safetensors(self._file).get_tensor(name)
+        return stored.to(self.device)
 
     def _exact(self, name: str) -> torch.Tensor:
         """In fp32, with a fold axis where an adapter changes it."""
@@ -273,14 +277,15 @@ class Weights:
                 place.copy_(exact)
         return out
 
-    def _once(self, key: Any, name: str, make: Callable[[], Any]) -> Any:
+    def _once(self, key: Any, name: str, make: Callable[[], T]) -> T:
         """What `make` returns for tensor `name`, made when first asked for; `seconds` adds up what that takes."""
         kept = self._kept if name in self.adapted or name.startswith("head.") else self._shared
         if key not in kept:
             start = time.perf_counter()
             kept[key] = make()
             self.seconds += time.perf_counter() - start
-        return kept[key]
+        found: T = kept[key]
+        return found
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """In the computing precision."""

@@ -1,4 +1,4 @@
-"""An answer for one crop, and how answers are laid out as columns: the same in CSV files, Parquet files and reports."""
+"""The answer for one crop and the columns it is written in: the same for CSV files, Parquet files and reports."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ CONTENT = re.compile(r"sha256:[0-9a-f]{16}")
 
 @dataclass(frozen=True)
 class Answer:
-    """p_atypical, fold_p (F) and member_p (M) in [0, 1]; label 1 (atypical), 0 (normal) or None (not known).
+    """p_atypical, fold_p (F,) and member_p (M,) in [0, 1]; label 1 (atypical), 0 (normal) or None (unknown).
 
-    pages: how many the file has; content: what `content_of` said of the file when it was read.
-    A crop that is still to be predicted has no folds; an ensemble of one member has no member_p.
+    pages: how many the file has; content: `content_of` the file when it was read
+    fold_p is empty until the crop is predicted; member_p is empty if the ensemble has one member.
     """
 
     path: str
@@ -38,33 +38,33 @@ class Answer:
 
     @property
     def spread(self) -> float:
-        """Largest minus smallest fold; 0 where the folds are not known."""
+        """Largest minus smallest fold; 0 without folds."""
         return max(self.fold_p, default=0.0) - min(self.fold_p, default=0.0)
 
 
 def fold_columns(manifest: Manifest) -> list[str]:
-    """The names of the columns with P(atypical) of each fold, member after member."""
+    """Names of the columns with each fold's P(atypical), member by member."""
     if len(manifest.members) == 1:
         return [f"fold_{n}" for n in range(len(manifest.members[0].folds))]
     return [f"{member.name}_fold_{n}" for member in manifest.members for n in range(len(member.folds))]
 
 
 def member_columns(manifest: Manifest) -> list[str]:
-    """The names of the columns with P(atypical) of each member; none where there is only one."""
+    """Names of the columns with each member's P(atypical); none if there is only one member."""
     return [f"{member.name}_p" for member in manifest.members] if len(manifest.members) > 1 else []
 
 
 def columns(manifest: Manifest) -> list[str]:
-    """All columns of an answer, in their order; the last four tell which file was read, and what computed it."""
+    """All columns of an answer, in order; the last four say which file was read and what computed the answer."""
     folds, members = fold_columns(manifest), member_columns(manifest)
     origin = ["content", "device", "precision", "ensemble"]
     return ["path", "page", "pages", "p_atypical", "class", *folds, *members, "spread", *origin]
 
 
 def content_of(file: File) -> str:
-    """What tells a file from another that takes its place: the start of its SHA-256; "" for what `read_stack` refuses.
+    """The start of a file's SHA-256, to notice that it was replaced; "" for a file that `read_stack` refuses.
 
-    Taken before the file is decoded: should it change in between, its answer does not count as known afterwards.
+    Computed before the file is decoded: if it changes in between, a later run computes its answer again.
     """
     try:
         status = file.stat()
@@ -78,9 +78,9 @@ def content_of(file: File) -> str:
 
 
 def computing(manifest: Manifest, device: str, precision: str) -> tuple[str, str]:
-    """Device (cpu or cuda) and precision in which `manifest` is computed here. UserError where it cannot be.
+    """Device (cpu or cuda) and precision that this machine computes `manifest` in. UserError if it cannot.
 
-    Only `auto` needs PyTorch; two members may choose two precisions, such as `bf16+fp32`.
+    Only `auto` needs PyTorch. Members may choose different precisions, such as `bf16+fp32`.
     """
     if "auto" not in (device, precision):
         return device, precision
@@ -91,9 +91,9 @@ def computing(manifest: Manifest, device: str, precision: str) -> tuple[str, str
 
 
 def pages_of(crops: Sequence[np.ndarray], page: int | None) -> list[tuple[int, np.ndarray]]:
-    """(page, crop) of all pages of a file, or of the one that a table names. UserError where it has fewer."""
+    """(page, crop) for every page of a file, or for `page` alone. UserError if the file has no such page."""
     if page is None:
         return list(enumerate(crops))
     if page >= len(crops):
-        raise UserError(f"it has {len(crops)} pages; expected a page {page}; correct the table")
+        raise UserError(f"it has {len(crops)} pages, numbered from 0; the table names page {page}; correct the table")
     return [(page, crops[page])]

@@ -1,4 +1,4 @@
-"""From logits to probabilities, by the manifest's rule: one definition for the job, calibration and reports.
+"""From logits to probabilities by the manifest's rule: one definition for jobs, calibration and reports.
 
 Shapes: M members, F folds of a member, V views, N crops.
 """
@@ -15,17 +15,17 @@ from .metrics import sigmoid
 def average(
     logits: Sequence[np.ndarray], averaging: str, temperature: float, weights: Sequence[float] | None = None
 ) -> np.ndarray:
-    """P(atypical) (N,) of members with logits (F, V, N) each; a member counts as its weight says, by default equally.
+    """P(atypical) (N,) from each member's logits (F, V, N).
 
-    averaging: "logit" takes the mean of the logits, "probability" that of the probabilities; within a member all folds
-    and views count equally. Every logit is divided by the temperature. The weights add up to 1.
+    averaging: "logit" averages logits, "probability" averages probabilities; each logit is divided by the temperature
+    weights: of the members, adding up to 1; equal by default. A member's folds and views count equally.
     """
     weights = [1 / len(logits)] * len(logits) if weights is None else weights
     scaled = [member.astype(np.float64) / temperature for member in logits]
     if averaging == "logit":
         return sigmoid(_weighted([member.mean((0, 1)) for member in scaled], weights))
     p = _weighted([sigmoid(member).mean((0, 1)) for member in scaled], weights)
-    return np.minimum(p, 1)  # weights that add up to 1 may round to more
+    return p.clip(max=1)  # weights that add up to 1 may round to more
 
 
 def _weighted(values: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:

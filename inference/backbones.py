@@ -242,14 +242,14 @@ BACKBONES: dict[str, Backbone] = {
 
 
 def lookup(name: str) -> Backbone:
-    """The row called `name`; UserError with the known names otherwise."""
+    """The backbone called `name`; UserError with the known names otherwise."""
     if name not in BACKBONES:
         raise UserError(f"backbone {name!r} is not in the table; expected one of {', '.join(BACKBONES)}")
     return BACKBONES[name]
 
 
-def build(name: str, num_classes: int = 1, pool: str | None = None, **overrides: Any) -> torch.nn.Module:
-    """The timm model of row `name`, randomly initialised, with a linear head of `num_classes` (0: none) over `pool`.
+def build(backbone: Backbone, num_classes: int = 1, pool: str | None = None, **overrides: Any) -> torch.nn.Module:
+    """The backbone's timm model, randomly initialised, with a linear head of `num_classes` (0: none) over `pool`.
 
     `overrides` are further arguments for timm (depth=2 gives a miniature for tests). Input (B, 3, S, S), output
     (B, num_classes).
@@ -258,27 +258,33 @@ def build(name: str, num_classes: int = 1, pool: str | None = None, **overrides:
     import torch
     from timm.layers import SwiGLUPacked
 
-    row = lookup(name)
-    pool = pool or row.pool
+    pool = pool or backbone.pool
     if pool not in POOLS:
         raise UserError(f"pooling {pool!r} is not known; expected one of {', '.join(POOLS)}")
-    kwargs = dict(row.kwargs) | overrides
+    kwargs = dict(backbone.kwargs) | overrides
     if kwargs.get("mlp_layer") == "SwiGLUPacked":
         kwargs["mlp_layer"] = SwiGLUPacked
     if kwargs.get("act_layer") == "silu":
         kwargs["act_layer"] = torch.nn.SiLU
-    if row.family in ("vit", "dinov3"):  # timm's own name for "token+avg" does not exist: pool by hand below
+    if backbone.family in ("vit", "dinov3"):  # timm has no "token+avg": see below
         kwargs |= dict(global_pool="avg" if pool == "avg" else "token", dynamic_img_size=True)
-    if row.family == "vit":
+    if backbone.family == "vit":
         kwargs["fc_norm"] = False  # timm would move the norm behind an average pool, and rename it
-    model = timm.create_model(row.timm, pretrained=False, num_classes=num_classes, **kwargs)
+    model: torch.nn.Module = timm.create_model(backbone.timm, pretrained=False, num_classes=num_classes, **kwargs)
     if pool == "token+avg":
-        prefix = model.num_prefix_tokens
-
-        def token_and_mean(x: torch.Tensor, pool_type: str | None = None) -> torch.Tensor:
-            return torch.cat([x[:, 0], x[:, prefix:].mean(1)], dim=-1)  # (B, T, C) -> (B, 2C)
-
-        model.pool = token_and_mean
-        if num_classes:
-            model.head = torch.nn.Linear(2 * model.embed_dim, num_classes)
+        _pool_token_and_mean(model, num_classes)
     return model
+
+
+def _pool_token_and_mean(model: Any, num_classes: int) -> None:
+    """Let a timm ViT's head see its class token and the mean of its patches, 2C features."""
+    import torch
+
+    prefix = model.num_prefix_tokens
+
+    def token_and_mean(x: torch.Tensor, pool_type: str | None = None) -> torch.Tensor:
+        return torch.cat([x[:, 0], x[:, prefix:].mean(1)], dim=-1)  # (B, T, C) -> (B, 2C)
+
+    model.pool = token_and_mean
+    if num_classes:
+        model.head = torch.nn.Linear(2 * model.embed_dim, num_classes)

@@ -1,6 +1,6 @@
-"""What a check found, as one line with what to do about it, and where the container engine is: for doctor and harness.
+"""A check's result as one line with its fix, and where the container engine is: for `doctor` and the test harness.
 
-Standard library only: both run where nothing is installed yet.
+Standard library only: both run before anything is installed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ COLOURS = {"PASS": "32", "WARN": "33", "FAIL": "31"}
 
 @dataclass(frozen=True)
 class Check:
-    """One result. `message` says what was found and expected, `fix` what to do; both are single lines."""
+    """One result. `message` says what was found and expected, `fix` what to do; one line each."""
 
     level: Level
     message: str
@@ -39,7 +39,7 @@ def passed(checks: Iterable[Check]) -> bool:
 def docker() -> str | None:
     """The first Docker client that reaches an engine, or None. Scripts ask `test/engine.sh client`.
 
-    Debian's own comes first, because another one on the PATH may lack the plugin that it builds with.
+    Debian's own comes first: another on the PATH may lack the build plugin.
     """
     for client in os.environ.get("DOCKER", "/usr/bin/docker docker").split():
         try:

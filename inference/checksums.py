@@ -12,14 +12,14 @@ from pathlib import Path
 from .errors import UserError
 from .manifest import FILE, Manifest
 
-ID_LENGTH = 12  # characters of the manifest's hash that stand for the ensemble in a table of answers
+ID_LENGTH = 12  # characters of the manifest's hash that identify the ensemble in answers
 
 
 def sha256(file: Path) -> str:
-    """SHA-256 of a file, in hex, as one call on the mapped file.
+    """SHA-256 of a file in hex, computed in a single call on the mapped file.
 
-    A call holds the interpreter lock only when it begins and ends; block by block, beside the import of PyTorch, the
-    lock would be waited for at each block.
+    Such a call holds the interpreter lock only at its start and end. Hashing block by block would wait for the lock at
+    every block while another thread imports PyTorch.
     """
     with file.open("rb") as stream:
         if not os.fstat(stream.fileno()).st_size:  # nothing to map
@@ -29,18 +29,18 @@ def sha256(file: Path) -> str:
 
 
 def ensemble_id(manifest: Manifest) -> str:
-    """What tells answers of one ensemble from those of another: the start of the manifest's SHA-256."""
+    """Identifies an ensemble in answers: the start of its manifest's SHA-256."""
     return sha256(manifest.folder / FILE)[:ID_LENGTH]
 
 
 def check_hashes(files: Iterable[tuple[Path, str]]) -> None:
-    """UserError where a file is missing or is not the one that the manifest names."""
+    """UserError if a file is missing or does not match its hash in the manifest."""
     for file, expected in files:
         try:
             found = sha256(file)
         except OSError as error:
             raise UserError(
-                f"{file} cannot be read ({error.strerror}); expected it as the manifest says; copy it again"
+                f"{file} cannot be read ({error.strerror}); expected the file that the manifest lists; copy it again"
             ) from None
         if found != expected:
             raise UserError(f"{file} has SHA-256 {found}; the manifest expects {expected}; copy the ensemble again")
@@ -52,9 +52,9 @@ def check_ensemble(manifest: Manifest) -> None:
 
 
 def start_checks(manifest: Manifest) -> list[Future[None]]:
-    """Check all hashes in a thread, member after member: one future each, whose `result()` raises UserError.
+    """Check all hashes in a thread, member by member: one future each, whose `result()` may raise UserError.
 
-    So the files of the next member are read, and checked, while this one computes.
+    A member's files are thus read and checked while the member before it computes.
     """
     bases = dict(manifest.bases)
     pool = ThreadPoolExecutor(1)

@@ -1,7 +1,7 @@
-"""One way to write a program of several commands, for `python -m inference` and `python -m training` alike.
+"""Programs with several commands: used by both `python -m inference` and `python -m training`.
 
-A command is a module with `configure(parser)` and `run(options)`, which returns an exit code or None for 0. Only the
-module of the command that is asked for is imported. Standard library only.
+A command is a module with `configure(parser)` and `run(options)`; `run` returns an exit code, or None for 0. Only the
+module of the requested command is imported. Standard library only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DEVICES = ("auto", "cuda", "cpu")
 
 
 class Command(NamedTuple):
-    """The module that runs it, and the line that --help shows."""
+    """The module that implements a command, and its line in --help."""
 
     module: str
     line: str
@@ -29,7 +29,7 @@ def run(
 ) -> int:
     """Parse `arguments`, import the command's module and run it. Without a command, `default` takes the arguments.
 
-    Exits as argparse does for --help and for options that are not known (code 2).
+    Exits as argparse does for --help and, with code 2, for unknown options.
     """
     arguments = list(arguments)
     if default and (not arguments or arguments[0] not in (*commands, "-h", "--help")):
@@ -47,12 +47,12 @@ def run(
 
 def add_ensemble_options(parser: argparse.ArgumentParser) -> None:
     """--weights, --device and --precision, as every command that predicts takes them."""
-    about = f"ensemble folder (default: what was uploaded to {MODEL_TARBALL}, else the bundled one)"
+    about = f"ensemble folder (default: the model uploaded to {MODEL_TARBALL}, else the bundled ensemble)"
     parser.add_argument("--weights", type=Path, metavar="DIR", help=about)
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: the GPU where there is one")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: the GPU if there is one")
     parser.add_argument(
         "--precision",
         choices=("auto", *PRECISIONS),
         default="auto",
-        help="auto: the fast one of this hardware, where the ensemble allows it",
+        help="auto: the hardware's fast precision if the ensemble allows it, else fp32",
     )

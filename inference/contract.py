@@ -1,4 +1,4 @@
-"""The platform's contract: where the stack lies, and what the answer must look like.
+"""The platform's contract: where to find the stack, and what the answers must look like.
 
 Sources: Grand Challenge's `inputs.json` (socket values) and the evaluator of MIDOG 2025 Track 2, which rejects a whole
 submission over one answer of the wrong length, an unknown class or a confidence that is not a JSON float.
@@ -24,11 +24,11 @@ SUFFIXES = (".tif", ".tiff", ".mha")
 
 
 def find_stack(input_dir: Path) -> Path:
-    """The one image of the job in `input_dir`, known by its folder and suffix alone.
+    """The job's one image in `input_dir`, identified only by its folder and suffix.
 
-    `inputs.json` is read where it exists: a list of objects whose `socket` or `interface` may have a `slug`; nothing
-    else in it is relied on. Hidden files are ignored; `input_dir` itself may be a link, but nothing in it may lead out
-    of it. UserError where only other sockets are named, or where there is not exactly one image.
+    If `inputs.json` exists, it must be a list of objects whose `socket` or `interface` may have a `slug`; nothing else
+    in it is used. Hidden files are ignored. `input_dir` may be a link, but no link inside it may lead out of it.
+    UserError if the listing names only other sockets, or if there is not exactly one image.
     """
     folder = input_dir / "images" / SLUG
     try:
@@ -52,10 +52,10 @@ def _check_inside(file: Path, input_dir: Path) -> None:
 
 
 def _check_socket(listing: Path, input_dir: Path) -> None:
-    """UserError where `listing` is damaged, or names other sockets and not the stack's.
+    """UserError if `listing` is damaged, or names sockets but not the stack's.
 
-    A list that names none is no reason to fail: the platform has renamed the key before, and the stack's own folder
-    says as much.
+    A list that names no socket is accepted: the platform has renamed the key before, and the folder identifies the
+    stack just as well.
     """
     _check_inside(listing, input_dir)
     do = "check that it is the platform's"
@@ -64,7 +64,7 @@ def _check_socket(listing: Path, input_dir: Path) -> None:
     except FileNotFoundError:
         return
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
-        raise UserError(f"{listing} holds no list of objects; expected one for each socket; {do}")
+        raise UserError(f"{listing} is not a list of objects; expected one object per socket; {do}")
     sockets = [value.get(key) for value in values for key in ("socket", "interface")]
     slugs = [socket["slug"] for socket in sockets if isinstance(socket, dict) and isinstance(socket.get("slug"), str)]
     if slugs and SLUG not in slugs:
@@ -74,12 +74,12 @@ def _check_socket(listing: Path, input_dir: Path) -> None:
 
 
 def answers(p_atypical: Sequence[float], threshold: float) -> list[dict[str, Any]]:
-    """One {"class", "confidence"} per page; confidence is P(atypical) whatever the class, at full precision."""
+    """One {"class", "confidence"} per page; confidence is always P(atypical), at full precision."""
     return [{"class": class_of(p, threshold), "confidence": float(p)} for p in p_atypical]
 
 
 def check_answers(found: Any, pages: int, threshold: float | None = None) -> None:
-    """ValueError unless `found` is what the evaluator accepts for `pages` pages, and class follows `threshold`."""
+    """ValueError unless the evaluator accepts `found` for `pages` pages and each class follows from `threshold`."""
     if not isinstance(found, list) or len(found) != pages:
         raise ValueError(
             f"found {len(found) if isinstance(found, list) else type(found).__name__} answers for {pages} pages"
@@ -97,7 +97,7 @@ def check_answers(found: Any, pages: int, threshold: float | None = None) -> Non
 
 
 def write_answers(output_dir: Path, p_atypical: Sequence[float], threshold: float) -> Path:
-    """Check and write the answers: the whole file or none, whatever ends the process, and no other file."""
+    """Check the answers and write them atomically; no other file is left behind, however the process ends."""
     content = answers(p_atypical, threshold)
     text = json.dumps(content, allow_nan=False, indent=1)
     check_answers(json.loads(text), len(p_atypical), threshold)
@@ -105,7 +105,7 @@ def write_answers(output_dir: Path, p_atypical: Sequence[float], threshold: floa
     try:
         write_whole(file, text, sync=True)
     except OSError as error:
-        advice = "free some" if error.errno == errno.ENOSPC else "make it, or make it writable"
+        advice = "free some space" if error.errno == errno.ENOSPC else "create it, or make it writable"
         raise UserError(
             f"cannot write {file} ({error.strerror}); expected a writable folder with space; {advice}"
         ) from None
@@ -113,7 +113,7 @@ def write_answers(output_dir: Path, p_atypical: Sequence[float], threshold: floa
 
 
 def remove_answers(output_dir: Path) -> None:
-    """Remove what an earlier job left, so that a job that fails leaves no answers. UserError where it cannot."""
+    """Remove an earlier job's answers, so that a failed job leaves none. UserError if they cannot be removed."""
     try:
         (output_dir / OUTPUT).unlink(missing_ok=True)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Which device and which precision a job computes in."""
+"""Choose the device and the precision that a job computes in."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def gpu_is_present() -> bool:
-    """Whether this machine shows an NVIDIA device, whatever PyTorch can do with it."""
+    """Whether this machine has an NVIDIA device, usable by PyTorch or not."""
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/proc/driver/nvidia/gpus").is_dir()
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed: fresh pages cost a millisecond a megabyte, and every layer would ask for them."""
+    """Make glibc keep freed memory: fresh pages cost a millisecond per megabyte, and every layer would need them."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
@@ -28,7 +28,7 @@ def keep_freed_memory() -> None:
 
 
 def choose_device(asked: str) -> torch.device:
-    """`auto` is the GPU where there is one. A GPU that PyTorch cannot use is an error, not a slow run."""
+    """`auto` takes the GPU if there is one. A GPU that PyTorch cannot use is an error, not a reason for a slow run."""
     if asked == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
@@ -46,9 +46,9 @@ def choose_device(asked: str) -> torch.device:
 
 
 def native_precision(device: torch.device) -> str:
-    """The fast precision of the hardware: fp16 on GPUs before capability 8.0 (a T4 only emulates bf16), else bf16.
+    """The hardware's fast precision: on GPUs fp16 below capability 8.0 (a T4 only emulates bf16), else bf16.
 
-    On CPUs bf16 where AVX512-BF16 or AMX multiply in it, else fp32.
+    On CPUs bf16 with AVX512-BF16 or AMX, else fp32.
     """
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
@@ -58,7 +58,7 @@ def native_precision(device: torch.device) -> str:
 
 
 def choose_precision(asked: str, device: torch.device, allowed: dict[str, float | None], fp16_safe: bool) -> str:
-    """`asked`; `auto` is the hardware's own where manifest and backbone allow it, else fp32."""
+    """`asked`, or for `auto` the hardware's fast precision if manifest and backbone allow it, else fp32."""
     if asked != "auto":
         return asked
     native = native_precision(device)

@@ -1,6 +1,6 @@
-"""`python -m inference doctor`: can this machine build, test and run the ensemble? One line a check, with the fix.
+"""`python -m inference doctor`: can this machine build, test and run the ensemble? One line per check, with its fix.
 
-Standard library until PyTorch itself is checked, so that it also runs where nothing is installed yet.
+Standard library only until PyTorch itself is checked, so that it runs before anything is installed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DRIVERS = {11: (450, 80), 12: (525, 60), 13: (580, 65)}
 
 
 def output_of(*command: str) -> str | None:
-    """stdout of a command, or None where it is missing or fails."""
+    """stdout of a command, or None if it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
@@ -40,10 +40,10 @@ def check_engine() -> Iterator[Check]:
     client = docker()
     version = client and output_of(client, "info", "--format", "{{.ServerVersion}}")
     if version:
-        yield Check("PASS", f"container engine: Docker {version} answers {client}")
+        yield Check("PASS", f"container engine: Docker {version} through {client}")
         return
-    fix = "start Docker (bare Debian: test/engine.sh start); without one all runs natively, but no image is exported"
-    yield Check("WARN", "container engine: none answers", fix)
+    fix = "start Docker (bare Debian: test/engine.sh start); without, all runs natively, but no image can be exported"
+    yield Check("WARN", "container engine: none found", fix)
 
 
 def check_gpu(manifest: Manifest | None) -> Iterator[Check]:
@@ -64,11 +64,9 @@ def check_gpu(manifest: Manifest | None) -> Iterator[Check]:
     if listed:
         yield from check_driver(listed.splitlines()[0], cuda)
     elif gpu_is_present():
-        yield Check(
-            "FAIL", "GPU: a device is there, but nvidia-smi does not answer", "install NVIDIA's driver, or reboot"
-        )
+        yield Check("FAIL", "GPU: there is a device, but nvidia-smi fails", "install NVIDIA's driver, or reboot")
     else:
-        yield Check("WARN", "GPU: none", "nothing to do for the small ensemble; large backbones take minutes a stack")
+        yield Check("WARN", "GPU: none", "none needed for the small ensemble; large backbones take minutes per stack")
     try:
         device = choose_device("auto")
         members = manifest.members if manifest else ()
@@ -81,12 +79,12 @@ def check_gpu(manifest: Manifest | None) -> Iterator[Check]:
 
 
 def check_driver(line: str, cuda: str | None) -> Iterator[Check]:
-    """One GPU as nvidia-smi lists it, "name, driver, MiB", against PyTorch's CUDA version ("12.8" or None)."""
+    """Compare a GPU, listed by nvidia-smi as "name, driver, MiB", with PyTorch's CUDA version ("12.8" or None)."""
     name, driver, memory = (part.strip() for part in line.rsplit(",", 2))
     size = f"{float(memory) / 1024:.0f} GiB" if memory.replace(".", "", 1).isdigit() else "memory unknown"  # e.g. [N/A]
     found = f"GPU: {name}, {size}, driver {driver}"
     if cuda is None:
-        yield Check("FAIL", f"{found}, but this PyTorch has no CUDA", "install requirements.txt as it is pinned")
+        yield Check("FAIL", f"{found}, but this PyTorch has no CUDA", "install the versions pinned in requirements.txt")
         return
     needed = DRIVERS.get(int(cuda.split(".")[0]), (0, 0))
     have = tuple(int(part) for part in re.findall(r"\d+", driver)[:2])
@@ -98,7 +96,7 @@ def check_driver(line: str, cuda: str | None) -> Iterator[Check]:
 
 
 def check_memory(text: str | None = None) -> Iterator[Check]:
-    """/proc/meminfo (or `text`) against the platform's machine."""
+    """Compare /proc/meminfo (or `text`) with the platform's machine."""
     try:
         text = Path("/proc/meminfo").read_text() if text is None else text
         total, free = (int(re.findall(rf"{key}: *(\d+)", text)[0]) / 2**20 for key in ("MemTotal", "MemAvailable"))
@@ -107,7 +105,7 @@ def check_memory(text: str | None = None) -> Iterator[Check]:
         return
     found = f"memory: {total:.0f} GiB, {free:.0f} GiB available"
     if free < 2:
-        yield Check("FAIL", found, "end other programs; a job of the small ensemble takes about 1 GiB")
+        yield Check("FAIL", found, "close other programs; a job with the small ensemble takes about 1 GiB")
     elif total < JOB_GB - 1:
         yield Check(
             "WARN", f"{found}, less than the platform's {JOB_GB}", "use --memory for the harness, and small batches"
@@ -128,9 +126,9 @@ def check_disk(folder: Path = ROOT) -> Iterator[Check]:
 
 
 def check_ensemble(folder: Path) -> Iterator[Check]:
-    """The manifest, every hash, and the base weights. Yields a line for each."""
+    """Check the manifest, every hash and the base weights; one line each."""
     if not holds_ensemble(folder):
-        fix = "name one with --weights, or make one with 'python -m training export'"
+        fix = "name one with --weights, or create one with 'python -m training export'"
         yield Check("FAIL", f"ensemble: none in {folder}", fix)
         return
     try:
@@ -153,16 +151,16 @@ def check_ensemble(folder: Path) -> Iterator[Check]:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--weights", type=Path, metavar="DIR", help="ensemble folder (default as for a job)")
+    parser.add_argument("--weights", type=Path, metavar="DIR", help="ensemble folder (default: as for a job)")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print every check as it is done; exit code 1 when one failed."""
+    """Print each check as it finishes; exit code 1 if any failed."""
     folder = options.weights or default_ensemble()
     try:
         manifest = load_manifest(folder)
     except UserError:
-        manifest = None  # said by check_ensemble
+        manifest = None  # check_ensemble reports it
     checks: list[Callable[[], Iterator[Check]]] = [
         check_engine,
         lambda: check_gpu(manifest),

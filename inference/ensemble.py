@@ -45,7 +45,8 @@ class Prediction:
     @property
     def spread(self) -> np.ndarray:
         """Largest minus smallest fold, per crop (N,)."""
-        return np.ptp(self.fold_p, axis=0)
+        spread: np.ndarray = np.ptp(self.fold_p, axis=0)
+        return spread
 
     @property
     def member_spread(self) -> np.ndarray:
@@ -151,8 +152,8 @@ class Member:
         """Finite fp32 logits (F, V, N)."""
         batch = views(to_batch(crops, self.preprocess).to(self.device), tta)
         out = logits(batch, weights, self.backbone, self.about.pool)  # (F, V * N)
-        out = out.unflatten(1, (TTA_VIEWS[tta], len(crops))).cpu().numpy()
-        if not np.isfinite(out).all():
+        found: np.ndarray = torch.unflatten(out, 1, (TTA_VIEWS[tta], len(crops))).cpu().numpy()
+        if not np.isfinite(found).all():
             if weights.dtype == torch.float32:
                 raise UserError(
                     f"the logits of {self.about.name} are not finite in fp32; expected finite ones; export it again"
@@ -161,7 +162,7 @@ class Member:
             check_hashes([(self.about.base, self.about.base_sha256), *self.about.files.items()])
             self.recomputed += len(crops)
             return self._logits(crops, tta, weights.convert_to(torch.float32))
-        return out
+        return found
 
 
 class Ensemble:

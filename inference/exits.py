@@ -1,6 +1,6 @@
-"""How a program ends: its exit codes, a log that cannot fail it, one line or none on stderr, words for every failure.
+"""How a program ends: exit codes, a log that cannot fail, at most one line on stderr, and a message for every failure.
 
-The platform marks a job that wrote to stderr, and shows the last line of it where the job failed.
+The platform flags a job that wrote to stderr, and shows the last line of stderr if the job failed.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from collections.abc import Iterator
 
 from .errors import UserError
 
-FAILED = 1  # nothing was done; one line on stderr says why. argparse takes 2
-INCOMPLETE = 3  # the run finished, but some crops could not be read: each is named on stderr, the rest is answered
-INTERRUPTED = 130  # by Ctrl-C, as shells count it
+FAILED = 1  # nothing was done; one line on stderr says why (2 is argparse's)
+INCOMPLETE = 3  # the run finished, but some crops could not be read: stderr names each, the others have answers
+INTERRUPTED = 130  # by Ctrl-C: 128 + SIGINT, as in a shell
 
 LONGEST = 900  # characters of a message; the platform cuts at 1,024
 LEAST = 1 << 30  # bytes; a job with the smallest ensemble takes 0.9 of it
@@ -25,7 +25,7 @@ DEVICE_MEMORY = (
     "CUDA out of memory",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUBLAS_STATUS_NOT_INITIALIZED",  # what creating its handle says where there is no room for its workspace
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # creating its handle fails with this if its workspace does not fit
     "CUDNN_STATUS_ALLOC_FAILED",
     "unable to find an engine to execute",
 )
@@ -33,12 +33,12 @@ MEMORY = "can't allocate memory", "cannot allocate memory", "bad_alloc", "failed
 
 
 def log(line: str) -> None:
-    """A line on stdout, flushed. Where nobody can read it, the rest of the log is dropped: the answers count."""
+    """Print a line to stdout, flushed. If stdout fails, drop the rest of the log: the answers matter more."""
     try:
         print(line, flush=True)
-    except (OSError, ValueError):  # a full disk, a closed pipe, letters that the terminal does not have
+    except (OSError, ValueError):  # a full disk, a closed pipe, characters that the terminal cannot encode
         with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter tries again when it ends, and fails
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would flush again at exit and fail
 
 
 @contextlib.contextmanager
@@ -59,10 +59,10 @@ def stderr_in_log() -> Iterator[None]:
 
 
 def describe(error: Exception) -> str:
-    """One printable line for an error; the traceback of one that no user caused goes to the log."""
+    """One printable line for an error; the traceback of an unexpected one goes to the log."""
     text = str(error)
     if is_memory(error):
-        text = "out of memory; expected to fit into the job's limit; give it more, or a smaller stack"
+        text = "out of memory; expected the job to fit into its limit; raise the limit or use a smaller stack"
     elif not isinstance(error, UserError):
         with contextlib.suppress(OSError, ValueError):
             traceback.print_exception(error, file=sys.stdout)
@@ -74,12 +74,12 @@ def describe(error: Exception) -> str:
 
 
 def check_memory_limit() -> None:
-    """UserError where this process may not have the memory that PyTorch takes to start: without, it crashes in C++."""
+    """UserError if this process may not use the memory that PyTorch needs to start, or it would crash in C++."""
     for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS):
         allowed = resource.getrlimit(kind)[0]
         if allowed != resource.RLIM_INFINITY and allowed < LEAST:
             raise UserError(
-                f"the job's memory limit is {allowed >> 20:,} MiB; expected {LEAST >> 20:,} or more; give it more"
+                f"the job's memory limit is {allowed >> 20:,} MiB; expected {LEAST >> 20:,} or more; raise it"
             )
 
 
@@ -89,7 +89,7 @@ def is_device_memory(error: BaseException) -> bool:
 
 
 def is_memory(error: BaseException | None) -> bool:
-    """Whether `error`, or what caused it, is a lack of memory, under any of the names that libraries give it."""
+    """Whether `error` or a cause of it means that memory ran out, under any of the names that libraries give it."""
     while error is not None:
         if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
             return True

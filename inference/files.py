@@ -1,4 +1,4 @@
-"""Files that others wrote, read with care, and files of ours, written whole or not at all. Standard library only."""
+"""Read files that others wrote defensively, and write ours atomically. Standard library only."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ JSON_LIMIT = 8 << 20  # bytes; the platform's own files have a few thousand
 
 
 def read_json(file: Path, do: str, limit: int = JSON_LIMIT) -> Any:
-    """The value in `file`, a byte-order mark allowed. UserError that ends with `do` for all else that may lie there.
+    """The JSON value in `file`, which may begin with a byte-order mark. UserError, ending with `do`, for anything else.
 
-    FileNotFoundError passes through: what a missing file means is the caller's to say.
+    FileNotFoundError passes through: the caller knows what a missing file means.
     """
     try:
         status = file.stat()
-        if not stat.S_ISREG(status.st_mode):  # a pipe would block, a device never end
+        if not stat.S_ISREG(status.st_mode):  # a pipe would block, a device would never end
             raise UserError(f"{file} is not a regular file; expected JSON; {do}")
         if status.st_size > limit:
             raise UserError(f"{file} has {status.st_size:,} bytes; expected at most {limit:,}; {do}")
@@ -36,19 +36,19 @@ def read_json(file: Path, do: str, limit: int = JSON_LIMIT) -> Any:
 
 
 def write_whole(file: Path, data: bytes | str, *, sync: bool = False) -> None:
-    """Write `data` to `file`, in place of what lies there; whatever ends the process, no part of it is ever seen.
+    """Create or replace `file` with `data` atomically: however the process ends, nobody sees a part of it.
 
-    Where the file system can, the data goes into a file without a name, which the kernel drops if the process is
+    Where the file system supports it, the data goes into an unnamed file, which the kernel deletes if the process is
     killed. Text is written as UTF-8, a lone surrogate (a path that is not UTF-8) as a question mark.
-    sync: the data is on the disk before the file has its name. Raises OSError.
+    sync: flush the data to disk before the file gets its name. Raises OSError.
     """
     content = data.encode("utf-8", "replace") if isinstance(data, str) else data
     partial = _partial(file)
     try:
         try:
-            os.stat("/proc/self/fd")  # needed to give it a name
+            os.stat("/proc/self/fd")  # needed to link it
             handle, named = os.open(file.parent, os.O_TMPFILE | os.O_WRONLY, 0o644), False
-        except OSError:  # not on this file system
+        except OSError:  # not supported by this file system
             handle, named = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644), True
         with open(handle, "wb") as stream:
             stream.write(content)
@@ -65,20 +65,20 @@ def write_whole(file: Path, data: bytes | str, *, sync: bool = False) -> None:
 
 
 def claim(stream: IO[Any] | int, place: Path) -> None:
-    """Hold the open file for this process alone. UserError where another run holds it; `place` is what it writes to."""
+    """Lock an open file for this process. UserError, naming the output `place`, if another run holds it."""
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"another run writes to {place}; expected one at a time; wait, or name another") from None
+        raise UserError(f"another run is writing to {place}; expected one at a time; wait, or name another") from None
     except OSError:
         pass  # a file system without locks
 
 
 @contextlib.contextmanager
 def replacing(file: Path, *, sync: bool = False) -> Iterator[Path]:
-    """A hidden path beside `file` for what is written by path or as a stream; it becomes `file` if the block ends well.
+    """Yield a hidden path beside `file` to write to; it replaces `file` if the block ends without an exception.
 
-    sync: on the disk before it has its name. Raises OSError.
+    sync: flush the data to disk before the file gets its name. Raises OSError.
     """
     partial = _partial(file)
     try:
@@ -96,7 +96,7 @@ def _partial(file: Path) -> Path:
 
 
 def _link(handle: int, file: Path) -> bool:
-    """Give an open file without a name the name `file`; False where that is taken."""
+    """Give an open unnamed file the name `file`; False if that name is taken."""
     handles = os.open("/proc/self/fd", os.O_RDONLY)
     try:
         os.link(str(handle), file, src_dir_fd=handles)

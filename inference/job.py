@@ -1,8 +1,8 @@
-"""Answer one stack: the job that the platform starts (`python -m inference`), and each task of the server.
+"""Answer one stack: the job that the platform starts (`python -m inference`), and each request to the server.
 
-A job answers a stack in /input with a JSON file in /output. Exit code 0 with an empty stderr, or 1 with one line on
-stderr that says what was found, what was expected and what to do, and no output. PyTorch is imported late: the input is
-read and the files are hashed before and beside it.
+A job classifies the stack in /input and writes a JSON file to /output. It ends with exit code 0 and an empty stderr, or
+with exit code 1, no output and one line on stderr: what was found, what was expected, what to do. PyTorch is imported
+late, after the input is read and while the ensemble's files are hashed.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ class Clock:
 def answer_stack(
     input_dir: Path, output_dir: Path, start: Callable[[], Callable[[], Ensemble]], clock: Clock
 ) -> tuple[Ensemble, Prediction]:
-    """Answer the stack in `input_dir` in `output_dir`; UserError, and no answers, where that cannot be done.
+    """Answer the stack in `input_dir` and write to `output_dir`; UserError, and no answers, if that fails.
 
-    start: begins to open the ensemble, once the answers of an earlier job are gone; returns a function that waits for
-    it. So the stack is read meanwhile.
+    start: called once an earlier job's answers are removed; starts opening the ensemble and returns a function that
+    waits for it, so that the stack is read in the meantime.
     """
     remove_answers(output_dir)
     ready = start()
-    # the decoder is loaded here, not with this module: a stack that is not there needs none
+    # the decoder is imported only once there is a stack to decode
     stack = find_stack(input_dir)
     from .imageio.stack import read_stack
 
@@ -65,20 +65,26 @@ def answer_stack(
     write_answers(output_dir, prediction.p_atypical.tolist(), ensemble.manifest.threshold)
     clock.mark("write")
     if prediction.recomputed:
-        log(f"note: {prediction.recomputed} crops were recomputed in fp32, their logits were not finite")
+        log(f"note: {prediction.recomputed} crops were recomputed in fp32 because their logits were not finite")
     return ensemble, prediction
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--input", type=Path, default=Path("/input"), metavar="DIR", help="inputs.json and images/ (default /input)")
-    add("--output", type=Path, default=Path("/output"), metavar="DIR", help="gets the answers (default /output)")
+    add(
+        "--input",
+        type=Path,
+        default=Path("/input"),
+        metavar="DIR",
+        help="holds inputs.json and images/ (default /input)",
+    )
+    add("--output", type=Path, default=Path("/output"), metavar="DIR", help="receives the answers (default /output)")
     add_ensemble_options(parser)
     add("--details", type=Path, metavar="FILE", help="also write members, folds, spread and seconds as JSON to FILE")
 
 
 def run(options: argparse.Namespace) -> None:
-    """One job, from input folder to answers; logs what it computed with, and the seconds of each phase."""
+    """Run one job from input folder to answers, and log what it computed with and how long each phase took."""
     clock = Clock(START)
 
     def start() -> Callable[[], Ensemble]:
@@ -123,7 +129,7 @@ def log_summary(ensemble: Ensemble, prediction: Prediction, clock: Clock) -> Non
 
 
 def details(ensemble: Ensemble, prediction: Prediction, clock: Clock) -> dict[str, Any]:
-    """What --details writes: the run, its members, and each page with its members' and folds' probabilities."""
+    """What --details writes: the run, its members, and the probabilities of each page, by member and by fold."""
     threshold = ensemble.manifest.threshold
     pages = [
         {

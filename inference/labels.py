@@ -10,7 +10,7 @@ WORDS = {"atypical": 1, "amf": 1, "1": 1, "true": 1, "normal": 0, "nmf": 0, "mf"
 
 
 def parse_label(text: str, where: str) -> int:
-    """1 or 0, in whatever case `text` is written. UserError, which begins with `where`, for any other word."""
+    """1 or 0 for a word of WORDS in any case. UserError, beginning with `where`, for any other word."""
     word = text.strip().lower()
     if word not in WORDS:
         raise UserError(f"{where}: label is {text!r:.80}; expected one of {', '.join(WORDS)}; correct the table")

@@ -1,7 +1,7 @@
 """The manifest of an ensemble folder, `ensemble.json`: everything a probability depends on, validated when loaded.
 
-Format 2 lists members: each is a base with its folds, its own preprocessing, pooling and views. Format 1, of ensembles
-with one base, says of the whole what a member says in format 2, and opens as an ensemble of one member.
+Format 2 lists members: each is a base with its folds, preprocessing, pooling and views. Format 1 describes an ensemble
+with one base at the top level, in the same terms, and opens as an ensemble of one member.
 Standard library only: a job reads it while PyTorch is still being imported.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ _MEMBER: dict[str, tuple[Any, Any]] = {
     "licence": (dict, None),
 }
 _WHOLE: dict[str, tuple[Any, Any]] = {
-    "name": (str, lambda v: _is_title(v)),  # it is printed into logs
+    "name": (str, lambda v: _is_title(v)),  # it is printed in logs
     "averaging": (str, AVERAGING),
     "temperature": (float, lambda v: 0 < v < math.inf),
     "threshold": (float, lambda v: 0 < v < 1),
@@ -54,9 +55,9 @@ _WHOLE: dict[str, tuple[Any, Any]] = {
 class Member:
     """One base with its folds. Paths are absolute, hashes SHA-256 in hex.
 
-    weight: its share of the ensemble's mean; all members' add up to 1
+    weight: its share in the ensemble's mean; the members' weights add up to 1
     preprocess: crop (pixels or None), size, kernel, mean, std, as `inference.preprocess.Preprocess` takes them
-    precision: by name, the largest difference of P(atypical) to fp32 that was measured, or None where it is not allowed
+    precision: for each by name, the largest measured difference of P(atypical) from fp32, or None if not allowed
     files: its folds' files with their hashes
     """
 
@@ -91,7 +92,7 @@ class Manifest:
 
     @property
     def files(self) -> dict[Path, str]:
-        """Every file but the bases, with its hash."""
+        """Every file except the bases, with its hash."""
         return {file: digest for member in self.members for file, digest in member.files.items()}
 
     @property
@@ -101,9 +102,9 @@ class Manifest:
 
 
 def default_ensemble() -> Path:
-    """The ensemble of a command that names none: the uploaded model where there is one, else the bundled one.
+    """The ensemble used without --weights: the uploaded model if there is one, else the bundled one.
 
-    Whatever was uploaded counts: a tarball without ensemble.json is refused, not answered with another ensemble.
+    Anything uploaded counts: a tarball without ensemble.json is refused, never replaced by another ensemble.
     """
     uploaded = MODEL_TARBALL.is_dir() and any(not path.name.startswith(".") for path in MODEL_TARBALL.iterdir())
     return MODEL_TARBALL if uploaded else BUNDLED
@@ -163,19 +164,19 @@ def _members(folder: Path, file: Path, content: dict[str, Any]) -> tuple[Member,
         _check(file, f"{where}.name", entry.get("name"), str, _is_plain_name)
         members.append(_member(folder, file, entry, weight / sum(weights), f"{where}."))
     if len({member.name for member in members}) < len(members):
-        raise UserError(f"{file}: two members have one name; expected one of its own for each; combine again")
+        raise UserError(f"{file}: two members have the same name; expected different names; combine again")
     folders = [fold for member in members for fold in member.folds]
     if len(set(folders)) < len(folders):
-        raise UserError(f"{file}: two members share a fold's folder; expected one of its own for each; combine again")
+        raise UserError(f"{file}: two members share a fold's folder; expected a separate one for each; combine again")
     digests: dict[Path, str] = {}
     for member in members:
         if digests.setdefault(member.base, member.base_sha256) != member.base_sha256:
-            raise UserError(f"{file}: {member.base.name} has two hashes; expected one file for one base; combine again")
+            raise UserError(f"{file}: {member.base.name} has two hashes; expected one; combine again")
     return tuple(members)
 
 
 def _member(folder: Path, file: Path, entry: dict[str, Any], weight: float, where: str) -> Member:
-    """One member; `where` comes before its keys in messages."""
+    """One member; messages put `where` before its keys."""
     for key, (kind, accepts) in _MEMBER.items():
         _check(file, where + key, entry.get(key), kind, accepts)
     base = entry["base"]
@@ -233,12 +234,20 @@ def _is_share(value: Any) -> bool:
     return _is_number(value) and 0 < value <= 1
 
 
+def _is_side(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 8 <= value <= 4096
+
+
+def _is_triple(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))
+
+
 def _is_plain_name(name: str) -> bool:
-    return bool(re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", name))  # never a way out of the folder
+    return bool(re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", name))  # cannot lead out of the folder
 
 
 def _refuse_pickles(folders: list[Path]) -> None:
-    """Nothing here would open one, but other tools that are pointed at the folder may, and a pickle runs code."""
+    """UserError for what may be a pickle: we never open one, but another tool might, and a pickle runs code."""
     for folder in folders:
         for entry in folder.iterdir() if folder.is_dir() else ():
             if entry.suffix.lower() in PICKLES:
@@ -263,14 +272,12 @@ def _check(file: Path, key: str, value: Any, kind: Any, accepts: Any) -> None:
 
 
 def _check_preprocess(file: Path, where: str, preprocess: dict[str, Any]) -> None:
-    side = lambda value: isinstance(value, int) and not isinstance(value, bool) and 8 <= value <= 4096  # noqa: E731
-    triple = lambda value: isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))  # noqa: E731
-    rules = {
-        "crop": lambda v: v is None or side(v),
-        "size": side,
+    rules: dict[str, Callable[[Any], bool]] = {
+        "crop": lambda v: v is None or _is_side(v),
+        "size": _is_side,
         "kernel": lambda v: v in KERNELS,
-        "mean": triple,
-        "std": lambda v: triple(v) and min(v) > 0,
+        "mean": _is_triple,
+        "std": lambda v: _is_triple(v) and min(v) > 0,
     }
     for key in sorted(rules.keys() ^ preprocess.keys()):
         raise UserError(

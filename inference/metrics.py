@@ -1,6 +1,6 @@
-"""Metrics of P(atypical), or of logits, against labels (atypical = 1), in numpy; NaN where a class is missing.
+"""Metrics of P(atypical), or of logits, against labels (atypical = 1), in numpy; NaN if a class is missing.
 
-The platform's harness has its own copy of the official ones on purpose: it is the independent judge.
+The test harness has its own copy of the official ones on purpose: it judges independently.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ ECE_BINS = 10
 
 def sigmoid(z: np.ndarray) -> np.ndarray:
     """1 / (1 + exp(-z)), without overflow."""
-    return 1 / (1 + np.exp(-np.clip(z, -500, 500)))
+    p: np.ndarray = 1 / (1 + np.exp(-np.clip(z, -500, 500)))
+    return p
 
 
 def roc_auc(labels: np.ndarray, values: np.ndarray) -> float:
-    """Area under the ROC curve of (N,): the share of pairs in the right order, ties counting half."""
+    """Area under the ROC curve, of (N,) each: the share of pairs in the right order, ties counting half."""
     positive, negative = values[labels == 1], np.sort(values[labels == 0])
     if not len(positive) or not len(negative) or np.isnan(values).any():
         return float("nan")
@@ -41,7 +42,7 @@ def balanced_accuracy(labels: np.ndarray, called: np.ndarray) -> float:
 
 
 def brier(labels: np.ndarray, p: np.ndarray) -> float:
-    """Mean squared difference of P(atypical) and label: 0 is perfect, 0.25 is what a constant 0.5 gets."""
+    """Mean squared difference of P(atypical) and label: 0 is perfect, a constant 0.5 gets 0.25."""
     return float(np.mean((p - labels) ** 2))
 
 
@@ -71,7 +72,7 @@ def roc_curve(labels: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def scores(labels: np.ndarray, p: np.ndarray, threshold: float) -> dict[str, float]:
-    """All scores of P(atypical) (N,) called atypical from `threshold` on."""
+    """All metrics of P(atypical) (N,), called atypical at or above `threshold`."""
     called = p >= threshold
     return {
         "balanced_accuracy": balanced_accuracy(labels, called),
@@ -84,7 +85,7 @@ def scores(labels: np.ndarray, p: np.ndarray, threshold: float) -> dict[str, flo
 
 
 def group_bootstrap(groups: np.ndarray, resamples: int, seed: int = 0) -> Sequence[np.ndarray]:
-    """Index arrays of crops, each of as many groups drawn with replacement: crops of one slide are not independent."""
+    """Resamples as index arrays: groups drawn with replacement, because crops of one slide are not independent."""
     g = np.random.default_rng(seed)
     members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
     return [np.concatenate([members[m] for m in g.integers(len(members), size=len(members))]) for _ in range(resamples)]
@@ -93,7 +94,7 @@ def group_bootstrap(groups: np.ndarray, resamples: int, seed: int = 0) -> Sequen
 def intervals(
     labels: np.ndarray, p: np.ndarray, groups: np.ndarray, threshold: float, resamples: int = 500
 ) -> dict[str, tuple[float, float]]:
-    """95% interval of each score by a bootstrap over groups; NaN with fewer than two groups or too few of a class."""
+    """95% interval of each metric, bootstrapped over groups; NaN with fewer than two groups or too few of a class."""
     drawn = [scores(labels[i], p[i], threshold) for i in group_bootstrap(groups, resamples)]
     result = {}
     for name in drawn[0]:
@@ -105,9 +106,9 @@ def intervals(
 
 
 def best_threshold(labels: np.ndarray, values: np.ndarray) -> tuple[float, float]:
-    """(threshold, balanced accuracy) of the cut `values >= threshold` with the highest balanced accuracy.
+    """(threshold, balanced accuracy) that maximise the balanced accuracy of calling `values >= threshold` atypical.
 
-    The cut lies midway between two neighbouring values; of several that are equally good, the middle one.
+    The threshold lies midway between two neighbouring values; of several that are equally good, the middle one.
     """
     order = np.argsort(values)
     sorted_values, positive = values[order], labels[order] == 1

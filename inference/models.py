@@ -42,7 +42,8 @@ def conv2d(
 ) -> torch.Tensor:
     """(G, B, C, H, W) to (G, B, O, H', W'); with a weight per fold (F, O, C, K, K) to (F, B, O, H', W')."""
     if weight.ndim == 4:
-        return F.conv2d(x.flatten(0, 1), weight, bias, stride, padding, groups=groups).unflatten(0, x.shape[:2])
+        out = F.conv2d(x.flatten(0, 1), weight, bias, stride, padding, groups=groups)
+        return torch.unflatten(out, 0, x.shape[:2])
     return torch.stack(
         [F.conv2d(x[f % len(x)], kernel, bias, stride, padding, groups=groups) for f, kernel in enumerate(weight)]
     )
@@ -82,7 +83,7 @@ def attention(
     out = []
     for f in folds:
         qkv = F.linear(x[f % len(x)], weight[f] if weight.ndim == 3 else weight, bias)
-        q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, T, C / heads)
+        q, k, v = torch.unflatten(qkv, -1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, T, C / heads)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         out.append(attend(q[:, :, :queries], k, v).transpose(1, 2).flatten(2))  # (B, T, C)
@@ -143,14 +144,14 @@ def position_embedding(w: Weights, grid: int, prefix: int) -> torch.Tensor:
     native = math.isqrt(table.shape[1] - prefix)
     if native == grid:
         return table
-    square = table[:, prefix:].unflatten(1, (native, native)).permute(0, 3, 1, 2)
+    square = torch.unflatten(table[:, prefix:], 1, (native, native)).permute(0, 3, 1, 2)
     square = F.interpolate(square, (grid, grid), mode="bicubic", antialias=True)
     return torch.cat([table[:, :prefix], square.flatten(2).mT], 1)
 
 
-def vit(x: torch.Tensor, w: Weights, row: Backbone, pool: str) -> torch.Tensor:
+def vit(x: torch.Tensor, w: Weights, backbone: Backbone, pool: str) -> torch.Tensor:
     """ViT and DINOv3: (B, 3, S, S) to pooled features (G, B, C) or (G, B, 2C)."""
-    dinov3 = row.family == "dinov3"
+    dinov3, heads, eps = backbone.family == "dinov3", backbone.heads, backbone.eps
     scale = ("gamma_1", "gamma_2") if dinov3 else ("ls1.gamma", "ls2.gamma")
     kernel = w["patch_embed.proj.weight"]
     patches = conv2d(x.to(w.dtype)[None], kernel, w["patch_embed.proj.bias"], kernel.shape[-1])
@@ -160,7 +161,7 @@ def vit(x: torch.Tensor, w: Weights, row: Backbone, pool: str) -> torch.Tensor:
     count = sum(token.shape[2] for token in prefix)
     rope = None
     if dinov3:
-        rope = dinov3_rope(grid, tokens.shape[-1] // row.heads, x.device)
+        rope = dinov3_rope(grid, tokens.shape[-1] // heads, x.device)
         x = torch.cat([*prefix, tokens], 2)
     else:
         positions = position_embedding(w, grid, count)
@@ -173,11 +174,11 @@ def vit(x: torch.Tensor, w: Weights, row: Backbone, pool: str) -> torch.Tensor:
         block = f"blocks.{n}"
         # the last block's answer is needed only where the pool looks
         queries = 1 if pool == "token" and n == depth - 1 else None
-        y = attention(layer_norm(x, w, f"{block}.norm1", row.eps), w, f"{block}.attn", row.heads, rope, queries)
+        y = attention(layer_norm(x, w, f"{block}.norm1", eps), w, f"{block}.attn", heads, rope, queries)
         x = add(x[:, :, :queries], y, w.fp32(f"{block}.{scale[0]}"))
-        y = mlp(layer_norm(x, w, f"{block}.norm2", row.eps), w, f"{block}.mlp")
+        y = mlp(layer_norm(x, w, f"{block}.norm2", eps), w, f"{block}.mlp")
         x = add(x, y, w.fp32(f"{block}.{scale[1]}"))
-    x = F.layer_norm(x, x.shape[-1:], w.fp32("norm.weight"), w.fp32("norm.bias"), row.eps)
+    x = F.layer_norm(x, x.shape[-1:], w.fp32("norm.weight"), w.fp32("norm.bias"), eps)
     parts = {"token": x[:, :, 0], "avg": x[:, :, count:].mean(2)} if pool != "token" else {"token": x[:, :, 0]}
     return torch.cat([parts[part] for part in pool.split("+")], -1)
 
@@ -211,7 +212,7 @@ def convolution(
     return x.clamp_(0, 6) if relu6 else x
 
 
-def efficientnet(x: torch.Tensor, w: Weights, row: Backbone, pool: str) -> torch.Tensor:
+def efficientnet(x: torch.Tensor, w: Weights, backbone: Backbone, pool: str) -> torch.Tensor:
     """EfficientNet-Lite: (B, 3, S, S) to pooled features (G, B, C)."""
     x = x.to(w.dtype).permute(0, 2, 3, 1).contiguous()[None]  # (G, B, H, W, C)
     x = convolution(x, w, "conv_stem", "bn1", stride=2)
@@ -233,16 +234,16 @@ def efficientnet(x: torch.Tensor, w: Weights, row: Backbone, pool: str) -> torch
     return x.float().mean((2, 3))
 
 
-def other(x: torch.Tensor, w: Weights, row: Backbone, pool: str) -> torch.Tensor:
+def other(x: torch.Tensor, w: Weights, backbone: Backbone, pool: str) -> torch.Tensor:
     """Any other backbone, by timm's own module, fold after fold: (B, 3, S, S) to pooled features (F, B, C).
 
     Slower to start (timm is imported, and initialises the module once), and nothing is shared but the memory.
     """
     from torch.func import functional_call
 
-    from .backbones import BACKBONES, build
+    from .backbones import build
 
-    module = build(next(name for name, known in BACKBONES.items() if known is row), 0, pool).to(x.device).eval()
+    module = build(backbone, 0, pool).to(x.device).eval()
     names = [name for name in module.state_dict() if name in w.names]
     features = []
     for fold in range(len(w.adapters)):
@@ -254,8 +255,8 @@ def other(x: torch.Tensor, w: Weights, row: Backbone, pool: str) -> torch.Tensor
 FORWARDS = {"vit": vit, "dinov3": vit, "efficientnet": efficientnet, "other": other}
 
 
-def logits(x: torch.Tensor, w: Weights, row: Backbone, pool: str) -> torch.Tensor:
+def logits(x: torch.Tensor, w: Weights, backbone: Backbone, pool: str) -> torch.Tensor:
     """A normalised batch (B, 3, S, S) to fp32 logits (F, B), one per fold; the head is applied in fp32."""
-    features = FORWARDS[row.family](x, w, row, pool)
+    features = FORWARDS[backbone.family](x, w, backbone, pool)
     weight, bias = w.fp32("head.weight"), w.fp32("head.bias")  # (F, 1, C), (F, 1)
     return linear(features, weight, bias)[..., 0]

@@ -1,6 +1,6 @@
-"""From crops to the network's input: the one piece of code that training, calibration and the job all call.
+"""From crops to the network's input: shared by training, calibration and the job, with no settings of its own.
 
-Shapes: N crops, V views (test-time augmentation), S input side. Everything a choice depends on comes from the manifest.
+Shapes: N crops, V views (test-time augmentation), S input side. All settings come from the manifest.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Preprocess:
 
 
 def central_square(image: torch.Tensor, side: int | None) -> torch.Tensor:
-    """The central square of (..., H, W), of `side` pixels or of the shorter side where that is less."""
+    """The central square of (..., H, W), of `side` pixels or as large as fits."""
     height, width = image.shape[-2:]
     side = min(height, width, side or height)
     top, left = (height - side) // 2, (width - side) // 2
@@ -50,7 +50,7 @@ def normalise(batch: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
 
 
 def resize(square: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
-    """RGB in [0, 1] (N, 3, H, H) to (N, 3, S, S) with the kernel, antialiased; as it is where the size fits."""
+    """RGB in [0, 1] (N, 3, H, H) to (N, 3, S, S) with the kernel, antialiased; unchanged if it has that size."""
     size = (preprocess.size, preprocess.size)
     if square.shape[-2:] == size:
         return square

@@ -1,4 +1,4 @@
-"""A line on a terminal that says how far a long command is."""
+"""A progress line for long commands."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import IO
 
 @dataclass
 class Progress:
-    """One line on a terminal with the rate and the time left; silent elsewhere, where it would only fill a log."""
+    """One line with the rate and the time left; silent unless the stream is a terminal, to keep logs short."""
 
     total: int
     unit: str
@@ -19,7 +19,7 @@ class Progress:
     drawn: float = 0.0
 
     def show(self, done: int, worked: int, crops: int) -> None:
-        """done: of `total`; worked: of these, the ones that took time; crops: predicted."""
+        """done: of `total`; worked: of those, how many took time; crops: predicted so far."""
         now = time.perf_counter()
         if not self.stream.isatty() or now - self.drawn < 0.1:
             return

@@ -1,8 +1,8 @@
-"""`POST /score` and `GET /` of the server: crops of other programs in a request, the CSV's fields in the answer.
+"""`POST /score` and `GET /` of the server: other programs send crops and get the CSV's fields back.
 
 A request is multipart/form-data with one or more images and a field `mpp`, or JSON: {"mpp": 0.25, "images": [base64,
-...]}. `mpp` is the crops' um/px: it is refused where it is not what the ensembles were trained on, unless `resample` is
-true. Images are read as a job reads them, each of one page; one that cannot be read has its reason in its place.
+...]}. `mpp` is the crops' um/px: any resolution but the ensembles' own is refused unless `resample` is true. Images are
+read as in a job and have one page each; the answer for one that cannot be read is the reason.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
     from .ensemble import Ensemble
 
-MPP, NEAR = 0.25, 0.1  # um/px of the training crops, 0.23 to 0.25, and how far others may be, as a share
-RESAMPLED = 0.05, 5.0  # um/px that can be brought to it
+MPP, NEAR = 0.25, 0.1  # um/px of the training crops (0.23 to 0.25), and the relative difference that is allowed
+RESAMPLED = 0.05, 5.0  # um/px that can be resampled to MPP
 BYTES, IMAGES, SIDE = 64 << 20, 4096, 2048  # of a request, and of an image's longer side
 
 
 @dataclass(frozen=True)
 class Request:
-    """images: the bytes of each; mpp: their um/px; resample: whether crops of another um/px are brought to MPP."""
+    """images: the bytes of each; mpp: their um/px; resample: whether to resample other resolutions to MPP."""
 
     images: list[bytes]
     mpp: float
@@ -39,7 +39,7 @@ class Request:
 
 
 def parse(content_type: str, body: bytes) -> Request:
-    """UserError where the body is none of the two forms, or has no images or no um/px."""
+    """UserError if the body has neither form, or no images, or no um/px."""
     kind = content_type.split(";")[0].strip().lower()
     if kind == "application/json":
         images, fields = from_json(body)
@@ -79,7 +79,7 @@ def from_multipart(content_type: str, body: bytes) -> tuple[list[bytes], dict[st
     boundary = header("Content-Type", content_type).get_param("boundary")
     parts = (b"\r\n" + body).split(b"\r\n--" + str(boundary).encode("latin-1", "replace"))
     if not boundary or len(parts) < 3 or not parts[-1].startswith(b"--"):
-        raise UserError("the multipart body cannot be read; expected parts with the boundary that its header names")
+        raise UserError("the multipart body cannot be read; expected parts separated by the boundary in its header")
     images: list[bytes] = []
     fields: dict[str, Any] = {}
     for part in parts[1:-1]:
@@ -103,7 +103,7 @@ def header(name: str, value: str) -> Message:
 
 
 def read_crop(number: int, content: bytes, request: Request) -> np.ndarray:
-    """uint8 (H, W, 3), at MPP. UserError where the image cannot be read."""
+    """uint8 (H, W, 3) at MPP. UserError if the image cannot be read."""
     import numpy as np
     from PIL import Image
 
@@ -112,7 +112,7 @@ def read_crop(number: int, content: bytes, request: Request) -> np.ndarray:
 
     pages = read_stack(Blob(f"image {number}", content))
     if len(pages) != 1:
-        raise UserError(f"it has {len(pages)} pages; expected one; send each as an image")
+        raise UserError(f"it has {len(pages)} pages; expected one; send each page as an image of its own")
     crop, factor = pages[0], request.mpp / MPP
     if max(crop.shape) > SIDE:
         raise UserError(f"it has {crop.shape[1]} x {crop.shape[0]} pixels; expected up to {SIDE}; cut it smaller")
@@ -125,7 +125,7 @@ def read_crop(number: int, content: bytes, request: Request) -> np.ndarray:
 
 
 def score(ensemble: Ensemble, request: Request) -> dict[str, Any]:
-    """The answer's content: `answers`, one for each image in their order, with the CSV's fields or `error`."""
+    """The response: `answers`, one per image in order, each with the CSV's fields or `error`."""
     manifest = ensemble.manifest
     answers: list[dict[str, Any]] = []
     crops = {}
@@ -148,7 +148,7 @@ def score(ensemble: Ensemble, request: Request) -> dict[str, Any]:
 
 
 def about(ensemble: Ensemble) -> dict[str, Any]:
-    """What `GET /` answers: who would answer a request, and what it expects."""
+    """The response to `GET /`: which ensemble answers requests, and what it expects."""
     manifest = ensemble.manifest
     return {
         "ensemble": manifest.name,
@@ -167,5 +167,5 @@ def about(ensemble: Ensemble) -> dict[str, Any]:
         "expected_mpp": MPP,
         "precision": ensemble.precision,
         "device": ensemble.device_name,
-        "note": "P(atypical) presumes a mitotic figure. For research; no medical device.",
+        "note": "P(atypical) presumes a mitotic figure. For research use; not a medical device.",
     }

@@ -1,12 +1,12 @@
-"""`python -m inference serve`: the ensemble is loaded once, each task is a request. The platform's `invoke`, and more.
+"""`python -m inference serve`: load the ensemble once and answer HTTP requests, the platform's `invoke` among them.
 
-    GET  /health   200 once the ensemble is loaded and has computed; before that nobody listens
-    POST /invoke   one task, /input to /output as in a job: 201, or 500 and one line on stderr where it fails
-    POST /score    crops in the request, probabilities in the answer: see inference/score_request.py
+    GET  /health   200 once the ensemble is loaded and has computed; until then the port is closed
+    POST /invoke   one task, /input to /output as in a job: 201, or 500 and one line on stderr if it fails
+    POST /score    crops in the request, probabilities in the response: see inference/score_request.py
     GET  /         which ensemble answers, and what it expects; GET /openapi.json describes all of these
 
-Tasks run one at a time in one thread, whatever number is asked at once. Nothing of a task is kept: the answers of the
-one before are removed first, and input is read anew. TERM ends the server with exit code 0, after the task that runs.
+Tasks run one at a time in one thread, however many are requested at once. Nothing is kept between tasks: the previous
+answers are removed first, and the input is read anew. SIGTERM ends the server with exit code 0 after the current task.
 Source: the platform's entry shim (sagemaker-shim 0.7 and later), which calls 127.0.0.1:4743 without a body.
 """
 
@@ -40,14 +40,14 @@ if TYPE_CHECKING:
     from .ensemble import Ensemble
 
 PORT = 4743  # the platform's
-BODY = 1 << 20  # bytes of a request to /invoke that are read, to be ignored
+BODY = 1 << 20  # bytes of a request to /invoke that are read and ignored
 OPENAPI = Path(__file__).with_name("openapi.json")
 
 Answer = tuple[int, dict[str, Any]]
 
 
 def load(weights: Path, device: str, precision: str) -> Ensemble:
-    """The ensemble, checked, loaded and warm: one grey crop has gone through it."""
+    """Check and load the ensemble, and warm it up with one grey crop."""
     import numpy as np
 
     from .ensemble import Ensemble
@@ -66,7 +66,7 @@ def run_task(ensemble: Ensemble, input_dir: Path, output_dir: Path) -> dict[str,
 
 @dataclass(frozen=True)
 class Scorer:
-    """What answers `GET /` and `POST /score`."""
+    """The answers to `GET /` and `POST /score`."""
 
     about: dict[str, Any]
     score: Callable[[score_request.Request], dict[str, Any]]
@@ -75,7 +75,7 @@ class Scorer:
 class Server(ThreadingHTTPServer):
     """Answers /health at any time and hands /invoke to `task`, and /score to `scorer`, in the one thread of `pool`."""
 
-    daemon_threads = True  # an idle connection must not hold up the end
+    daemon_threads = True  # an idle connection must not delay shutdown
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class Server(ThreadingHTTPServer):
             ) from None
 
     def invoke(self) -> Answer:
-        """Runs one task; a failure is one line on stderr, and the next task finds the server as it was."""
+        """Run one task. A failure is one line on stderr and does not affect the next task."""
         try:
             with stderr_in_log():
                 done = self.task()
@@ -107,7 +107,7 @@ class Server(ThreadingHTTPServer):
         return 201, done
 
     def score(self, request: score_request.Request) -> Answer:
-        """Answers one request for crops; a failure is its caller's to hear, and no line on stderr."""
+        """Answer one request for scores; a failure is reported to the caller only, not on stderr."""
         assert self.scorer is not None
         try:
             with stderr_in_log():
@@ -116,17 +116,17 @@ class Server(ThreadingHTTPServer):
             return 500, {"error": describe(error)}
 
     def handle_error(self, *_: object) -> None:
-        """A connection that ended early: a line in the log, and none on stderr, which marks a task with a warning."""
+        """Log a connection that ended early; on stderr it would flag the task with a warning."""
         log(f"note: a connection failed ({type(sys.exception()).__name__})")
 
     def stop(self, *_: object) -> None:
-        """Stops listening; called by a signal, so another thread waits for the loop to end."""
+        """Stop listening. Runs in a signal handler, so another thread waits for the loop to end."""
         self.stopping = True
         threading.Thread(target=self.shutdown, daemon=True).start()
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection. HTTP/1.0: each request has its own."""
+    """One connection with one request (HTTP/1.0)."""
 
     server: Server
     timeout = 60  # seconds for a client to send its request
@@ -160,16 +160,16 @@ class Handler(BaseHTTPRequestHandler):
             return
         with self.server.turn:
             if self.left():
-                log("note: a caller left before its turn")
+                log("note: a caller disconnected before its turn")
             elif self.server.stopping:
                 self.answer(503, {"error": "the server is stopping"})
             else:
                 self.answer(*self.server.pool.submit(work).result())
 
     def body(self, limit: int, whole: bool) -> bytes:
-        """The request's body. UserError where it is cut short, of no known length, or, if `whole`, beyond the limit.
+        """The request's body. UserError if it is cut short or of unknown length, or, if `whole`, longer than `limit`.
 
-        Up to `limit` bytes are read in any case: unread ones would reset the connection before the answer is read.
+        Up to `limit` bytes are always read: unread ones would reset the connection before the response is read.
         """
         text = self.headers.get("Content-Length", "" if whole else "0")
         if not (text.isascii() and text.isdecimal() and len(text) < 19):
@@ -183,7 +183,7 @@ class Handler(BaseHTTPRequestHandler):
         return body
 
     def left(self) -> bool:
-        """Whether the caller has closed its side: what waited in front of others is not computed for nobody."""
+        """Whether the caller has closed its side, so that nothing is computed for nobody."""
         try:
             readable = select.select([self.connection], [], [], 0)[0]
             return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
@@ -199,10 +199,10 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(body)
         except OSError:  # the client gave up; the answers are in the output folder all the same
-            log("note: nobody waited for the response")
+            log("note: the caller disconnected before the response")
 
     def log_message(self, *_: object) -> None:
-        """Nothing: a line on stderr marks a task with a warning."""
+        """Silent: a line on stderr would flag the task with a warning."""
 
 
 def unknown(path: str) -> Answer:
@@ -213,19 +213,25 @@ def unknown(path: str) -> Answer:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--input", type=Path, default=Path("/input"), metavar="DIR", help="of every task (default /input)")
-    add("--output", type=Path, default=Path("/output"), metavar="DIR", help="of every task (default /output)")
+    add("--input", type=Path, default=Path("/input"), metavar="DIR", help="input of every task (default /input)")
+    add(
+        "--output",
+        type=Path,
+        default=Path("/output"),
+        metavar="DIR",
+        help="output of every task (default /output)",
+    )
     add_ensemble_options(parser)
     add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1; in the image 0.0.0.0)")
-    add("--port", type=int, default=PORT, help=f"default {PORT}, the platform's")
+    add("--port", type=int, default=PORT, help=f"port to listen on (default {PORT}, the platform's)")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Serve until TERM or an interrupt; UserError where the ensemble or the port cannot be had."""
+    """Serve until SIGTERM or SIGINT; UserError if the ensemble cannot be loaded or the port is taken."""
     for number in (signal.SIGTERM, signal.SIGINT):  # while it loads there is nothing to finish
         signal.signal(number, lambda *_: os._exit(0))
     start = time.perf_counter()
-    with ThreadPoolExecutor(1) as pool:  # PyTorch keeps its worker threads for the thread that first computed
+    with ThreadPoolExecutor(1) as pool:  # PyTorch ties its worker threads to the thread that first computed
         with stderr_in_log():
             ensemble = pool.submit(
                 load, options.weights or default_ensemble(), options.device, options.precision
@@ -238,6 +244,6 @@ def run(options: argparse.Namespace) -> None:
         log(f"ensemble {ensemble.manifest.name}, device {ensemble.device.type}, precision {ensemble.precision}")
         log(f"ready on {options.host}:{server.server_port} after {time.perf_counter() - start:.1f} seconds")
         server.serve_forever(poll_interval=0.1)
-        with server.turn:  # the task that runs, and its response
+        with server.turn:  # wait for the current task and its response
             server.server_close()
     log("stopped")

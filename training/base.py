@@ -132,7 +132,7 @@ def hub_file(row: Backbone, repository: str) -> Path:
 def fit_to_backbone(name: str, state: State, source: Path) -> State:
     """The tensors under timm's names, without a head; UserError where one is missing, left over or misshapen."""
     with torch.device("meta"):
-        model = build(name, 0)
+        model = build(lookup(name), 0)
     expected = model.state_dict()
     state = to_timm_names(state, model, source)
     state = {key: value for key, value in state.items() if not key.startswith(("head.", "classifier."))}

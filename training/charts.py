@@ -1,4 +1,4 @@
-"""Line charts as inline SVG in the colours of `inference/page.css`, so that a page is right in light and in dark."""
+"""Line charts as inline SVG in the colours of `inference/report/page.css`, so that they suit light and dark pages."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ COLOURS = ("var(--accent)", "var(--atypical)", "var(--normal)", "var(--warn)", "
 
 @dataclass
 class Chart:
-    """Axes over x and y, each (low, high); add layers, then `svg()`.
+    """Axes with ranges x and y, each (low, high). Add layers, then call `svg()`.
 
-    name: what a screen reader says
+    name: what a screen reader reads out
     """
 
     name: str
@@ -62,7 +62,7 @@ class Chart:
             )
 
     def band(self, low: float, high: float, colour: str, name: str = "") -> None:
-        """A vertical stripe from `low` to `high` on the x axis."""
+        """Shade the x axis from `low` to `high`."""
         left, right = self.across(max(low, self.x[0])), self.across(min(high, self.x[1]))
         self.layers.append(
             f'<rect x="{left:.1f}" y="{TOP}" width="{max(1, right - left):.1f}" '
@@ -110,7 +110,7 @@ def _swatch(colour: str, dash: str) -> str:
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers between `low` and `high`, `about` as many as asked for."""
+    """About `about` round numbers between `low` and `high`."""
     from math import ceil, floor, log10
 
     span = max(high - low, 1e-9)

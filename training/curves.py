@@ -32,7 +32,7 @@ def threshold_chart(oof: OutOfFold, p: np.ndarray, chosen: dict[str, Any]) -> Ch
     cuts = np.linspace(0.01, 0.99, 99)
     called = [p >= cut for cut in cuts]
     low, high = chosen["threshold_interval"]
-    chart.band(low, high, "var(--atypical)", "95% of the best cuts")
+    chart.band(low, high, "var(--atypical)", "95% interval of the best threshold")
     for name, score, colour, dash in (
         ("sensitivity", sensitivity, "var(--warn)", "5 3"),
         ("specificity", specificity, "var(--normal)", "2 3"),
@@ -60,7 +60,7 @@ def reliability_chart(oof: OutOfFold, raw: np.ndarray, p: np.ndarray) -> Chart:
 
 
 def curves_chart(histories: list[dict[str, list[float]]], names: tuple[str, ...], label: str) -> Chart:
-    """Each fold's curves by epoch; the first of `names` drawn through, the second dashed."""
+    """Each fold's curves by epoch: the first of `names` solid, the second dashed."""
     series = [(fold, name, one[name]) for fold, one in enumerate(histories) for name in names if one.get(name)]
     values = [v for _, _, y in series for v in y if np.isfinite(v)] or [0.0, 1.0]
     epochs = max([len(y) for _, _, y in series] + [2])

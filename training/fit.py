@@ -17,7 +17,7 @@ from inference.backbones import lookup
 from inference.device import keep_freed_memory, native_precision
 from inference.errors import UserError
 from inference.files import read_json, replacing, write_whole
-from inference.manifest import BASES
+from inference.manifest import BASES, PRECISIONS
 
 from .data import Crop, describe, load_data
 from .feed import load_crops
@@ -25,8 +25,6 @@ from .loop import Run, fit_fold
 from .processes import die_with_parent, fit_in_parallel, on_main, say
 from .recipe import Recipe, from_dict, load_recipe
 from .splits import read_split, split, write_split
-
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 def add_inputs(parser: argparse.ArgumentParser) -> None:
@@ -133,9 +131,9 @@ def count_workers(asked: int | None) -> int:
 
 def settle_precision(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe with a precision in place of "auto": the one that the run was begun in, or the hardware's own."""
-    if recipe.precision not in PRECISIONS:
+    if recipe.precision not in ("auto", *PRECISIONS):
         raise UserError(
-            f"recipe: precision {recipe.precision!r} is not known; expected one of {', '.join(PRECISIONS)}; change it"
+            f"recipe: precision {recipe.precision!r} is unknown; expected auto, {', '.join(PRECISIONS)}; change it"
         )
     if recipe.precision != "auto":
         return recipe

@@ -1,7 +1,7 @@
-"""The published layouts of the data sets, each read into the same table of labelled crops.
+"""Loaders for the published data sets; each turns a data set's own layout into one list of labelled crops.
 
-A layout is known by the columns of its CSV, never guessed from pictures. What a loader cannot decide it reports: broken
-files as a UserError, oddities of the published labels as a line in `notes`.
+A layout is recognised by the columns of its CSV, never guessed from images. Broken files raise UserError; oddities of
+the published labels are kept and become a line in `notes`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ IMAGES = (".png", ".tif", ".tiff", ".jpg", ".jpeg")
 
 @dataclass(frozen=True)
 class Crop:
-    """path to the image; label (atypical = 1); group (slide or case); domain (tumour x scanner); votes (1 = atypical).
+    """One labelled image.
 
-    name: data set and file, the same on every machine
-    tumour, scanner, origin: what a split by domain may go by; "" where it is not known
+    label: atypical = 1, normal = 0; votes: each expert's label
+    group: slide or case, which no split may divide; domain: tumour x scanner
+    name: data set and file name, the same on every machine
+    tumour, scanner, origin: what a split by domain can use; "" where unknown
     """
 
     path: Path
@@ -41,7 +43,7 @@ Loader = Callable[[Path, list[Row], list[str]], list[Crop]]  # (CSV file, its ro
 
 
 def ami_br_scanner(dataset: str, slide: str) -> str:
-    """The scanner of an AMi-Br slide, which the data set does not list: by its number, as MIDOG21 and TUPAC16 state."""
+    """The scanner of an AMi-Br slide. AMi-Br does not list it; MIDOG21 and TUPAC16 give it by slide number."""
     found = re.match(r"\d+", slide)
     if found is None:
         raise UserError(
@@ -54,12 +56,12 @@ def ami_br_scanner(dataset: str, slide: str) -> str:
 
 
 def scanner_name(text: str) -> str:
-    """One spelling per scanner: MIDOG25 writes "Hamamatsu XR" and "Hammamatsu XR"."""
+    """One spelling per scanner: MIDOG25 has both "Hamamatsu XR" and "Hammamatsu XR"."""
     return re.sub(r"\s+", " ", text.strip()).replace("Hammamatsu", "Hamamatsu")
 
 
 def _folder_label(path: Path) -> int | None:
-    """What a crop's folder says about it, where it is called Atypical or Normal."""
+    """The label that a folder named Atypical or Normal implies; None for any other folder."""
     return {"atypical": 1, "normal": 0}.get(path.parent.name.lower())
 
 
@@ -68,14 +70,14 @@ def check_folders(crops: Iterable[Crop]) -> None:
     if wrong:
         raise UserError(
             f"{len(wrong)} crops lie in the other class's folder (first: {wrong[0].path}, label {wrong[0].label}); "
-            "expected table and folders to agree; download the data set again"
+            "expected the table and the folders to agree; download the data set again"
         )
 
 
 def _count_outvoted(name: str, crops: Iterable[Crop], notes: list[str]) -> None:
     outvoted = sum(bool(crop.votes) and crop.label != (2 * sum(crop.votes) > len(crop.votes)) for crop in crops)
     if outvoted:
-        notes.append(f"{name}: {outvoted} published labels are not the majority of their votes; the labels are kept")
+        notes.append(f"{name}: {outvoted} published labels differ from the majority of their votes; labels are kept")
 
 
 def _ami_br(file: Path, rows: list[Row], notes: list[str], path_of: Callable[[Row], Path | None]) -> list[Crop]:
@@ -87,7 +89,7 @@ def _ami_br(file: Path, rows: list[Row], notes: list[str], path_of: Callable[[Ro
             continue
         votes = tuple(int(row[f"expert{e}_atypical"] == "True") for e in (1, 2, 3))
         scanner, tumour = ami_br_scanner(row["dataset"], row["slide"]), "human breast cancer"
-        origin = "" if scanner == "Leica SCN400" else "UMC Utrecht"  # the rest of TUPAC16: two centres, not named
+        origin = "" if scanner == "Leica SCN400" else "UMC Utrecht"  # Leica: one of two unnamed centres
         label = parse_label(row.get("final_label") or row["majority_atypical"], str(file))
         group, name = f"{row['dataset']}/{row['slide']}", f"AMi-Br/{_ami_br_name(row)}"
         crops.append(Crop(path, label, group, f"{tumour} x {scanner}", votes, name, tumour, scanner, origin))
@@ -107,7 +109,7 @@ def ami_br_split(file: Path, rows: list[Row], notes: list[str]) -> list[Crop]:
 
 
 def ami_br_own(file: Path, rows: list[Row], notes: list[str]) -> list[Crop]:
-    """AMi-Br's own AMI-BR.csv; its crops, of the agreed figures only, lie somewhere below `patches`."""
+    """AMi-Br's own AMI-BR.csv; crops lie anywhere below `patches`, and only those that the experts agreed on exist."""
     patches = {path.name: path for path in (file.parent / "patches").rglob("*") if path.suffix.lower() in IMAGES}
     crops = _ami_br(file, rows, notes, lambda row: patches.get(_ami_br_name(row)))
     if not crops:
@@ -125,7 +127,7 @@ def midog25(file: Path, rows: list[Row], notes: list[str]) -> list[Crop]:
         answers = [row.get(f"expert{e}", "").strip() for e in (1, 2, 3)]
         votes = tuple(
             parse_label(answer, str(file)) for answer in answers if answer
-        )  # a third vote only on disagreement
+        )  # the third expert voted only where the first two disagreed
         tumour, scanner, origin = row["Tumor"].strip(), scanner_name(row["Scanner"]), row.get("Origin", "").strip()
         image, label, group = row["image_id"], parse_label(row["majority"], str(file)), f"MIDOG25/{row['filename']}"
         domain, name = f"{tumour} x {scanner}", f"MIDOG25/{image}"
@@ -135,12 +137,12 @@ def midog25(file: Path, rows: list[Row], notes: list[str]) -> list[Crop]:
 
 
 def omg_octo(file: Path, rows: list[Row], notes: list[str]) -> list[Crop]:
-    """A CSV with image_file and label (AMF, MF; others are no mitotic figures); the slide is the name before "_"."""
+    """A CSV with image_file and label (AMF, MF; others are not mitotic figures); the slide is the name up to "_"."""
     images = {path.name: path for path in file.parent.rglob("*") if path.suffix.lower() in IMAGES}
     kept = [row for row in rows if row["label"].strip().upper() in ("AMF", "MF", "NMF")]
     if len(kept) < len(rows):
         notes.append(f"OMG-Octo: {len(rows) - len(kept)} rows are neither AMF nor MF; left out")
-    notes.append("OMG-Octo: tumours and scanners are not in its table; it counts as one domain")
+    notes.append("OMG-Octo: its table lists no tumours or scanners, so it counts as one domain")
     return [
         Crop(
             images.get(name, file.parent / name),
@@ -156,10 +158,10 @@ def omg_octo(file: Path, rows: list[Row], notes: list[str]) -> list[Crop]:
 
 
 def atnorm(file: Path, rows: list[Row], notes: list[str]) -> list[Crop]:
-    """AtNorM-Br or AtNorM-MD: folders Atypical and Normal, for -MD with five votes in AtNorM-MD_expert_votes.csv.
+    """AtNorM-Br or AtNorM-MD: folders Atypical and Normal; -MD also has five votes in AtNorM-MD_expert_votes.csv.
 
-    file: the votes' CSV, or the folder where there is none. The layout names no slides, so all crops are one group: any
-    other grouping could put one slide on both sides of a split.
+    file: the CSV of votes, or the folder if there is none. Slides are not named, so all crops form one group: any other
+    grouping could put one slide on both sides of a split.
     """
     folder = file if file.is_dir() else file.parent
     name, domain = ("AtNorM-MD", "MIDOG++ (mixed)") if rows else ("AtNorM-Br", "human breast cancer x TCGA (mixed)")
@@ -171,21 +173,21 @@ def atnorm(file: Path, rows: list[Row], notes: list[str]) -> list[Crop]:
         label, row = int(path.parent.name == "Atypical"), votes.pop(path.name, None)
         answers = tuple(parse_label(row[f"Expert_{e}"], str(file)) for e in range(1, 6)) if row else ()
         if row and parse_label(row["Majority"], str(file)) != label:
-            raise UserError(f"{path} is {row['Majority']} in {file.name}; expected folder and votes to agree")
+            raise UserError(f"{path} is {row['Majority']} in {file.name}; expected its folder and its votes to agree")
         crops.append(Crop(path, label, name, domain, answers, f"{name}/{path.parent.name}/{path.name}"))
     if votes:
         raise UserError(
-            f"{file} names {len(votes)} crops that are not there (first: {next(iter(votes))}); download again"
+            f"{file} names {len(votes)} crops that do not exist (first: {next(iter(votes))}); download it again"
         )
-    notes.append(f"{name}: no slides are published, so it is one group and can only lie in one fold")
+    notes.append(f"{name}: its slides are not published, so it is one group and stays in one fold")
     notes.append(
-        f"{name}: a held-out test set of arXiv 2506.21444; what is trained on it cannot be compared with that table"
+        f"{name}: a held-out test set of arXiv 2506.21444; a model trained on it cannot be compared with that paper"
     )
     return crops
 
 
 def plain(file: Path, rows: list[Row], notes: list[str]) -> list[Crop]:
-    """A CSV with path, label, group, domain and, if wanted, votes ("1 0 1"), tumour, scanner and origin.
+    """A CSV with path, label, group and domain, and optionally votes ("1 0 1"), tumour, scanner and origin.
 
     Paths are relative to the CSV's folder.
     """
@@ -194,9 +196,7 @@ def plain(file: Path, rows: list[Row], notes: list[str]) -> list[Crop]:
         where = f"{file}, line {number}"
         votes = tuple(parse_label(vote, where) for vote in re.split(r"[\s;|]+", row.get("votes") or "") if vote)
         if not row["group"]:
-            raise UserError(
-                f"{where}: no group; expected the slide or case; a split cannot be checked for leaks without it"
-            )
+            raise UserError(f"{where}: no group; expected its slide or case, needed to check a split for leaks; add it")
         path = Path(row["path"])
         name = f"{file.stem}/{path.name if path.is_absolute() else path.as_posix()}"
         label, domain = parse_label(row["label"], where), row["domain"] or "unknown"
@@ -208,7 +208,7 @@ def plain(file: Path, rows: list[Row], notes: list[str]) -> list[Crop]:
 
 @dataclass(frozen=True)
 class Layout:
-    """A published data set: the columns that tell its CSV, its loader, and where it comes from."""
+    """A data set: the columns that identify its CSV, its loader, and where to get it."""
 
     name: str
     columns: frozenset[str]
@@ -272,6 +272,6 @@ LAYOUTS = (
         frozenset(["path", "label", "group", "domain"]),
         plain,
         "your own",
-        "a CSV with path, label, group, domain and, if wanted, votes, tumour, scanner, origin",
+        "a CSV with path, label, group, domain; optionally votes, tumour, scanner, origin",
     ),
 )

@@ -60,7 +60,7 @@ def lora_model(
     if targets not in row.targets:
         raise UserError(f"{backbone} has no LoRA target set {targets!r}; expected one of {', '.join(row.targets)}")
     head = row.head
-    model = build(backbone, 1, pool, **overrides)
+    model = build(row, 1, pool, **overrides)
     with torch.no_grad():  # timm draws a head for 1,000 classes, far too large for one logit
         for parameter in model.get_submodule(head).parameters():
             parameter.zero_()

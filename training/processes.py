@@ -1,4 +1,4 @@
-"""Several processes for one run: folds side by side, one main process that minds the run folder, and no orphans."""
+"""Several processes for one run: folds side by side, one main process that owns the run folder, and no orphans."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ T = TypeVar("T")
 
 
 def die_with_parent() -> None:
-    """Have the kernel end this process when its launcher ends, even by kill -9. Linux only; elsewhere nothing."""
+    """Have the kernel kill this process when its launcher dies, even by kill -9. Does nothing except on Linux."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # at any moment: a checkpoint is replaced whole
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # checkpoints are replaced atomically
 
 
 def say(accelerator: Accelerator, line: str) -> None:
-    """Print once; accelerator.print would once a machine."""
+    """Print once; accelerator.print would print once per machine."""
     if accelerator.is_main_process:
         print(line, flush=True)
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """What `work` returns in the main process, sent to all of them; its UserError ends all of them.
+    """Run `work` in the main process and return its result in every process; a UserError there ends all of them.
 
-    So that one process alone reads and writes the run folder: on a shared file system the others may see it late.
+    Only one process reads and writes the run folder this way: on a shared file system others may see changes late.
     """
     outcome: list[object] = [None, None]
     if accelerator.is_main_process:
@@ -52,7 +52,7 @@ def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
 
 
 def gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; [] on a CPU."""
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; [] without a GPU."""
     count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return named.split(",")[:count] if named else [str(n) for n in range(count)]
@@ -61,8 +61,8 @@ def gpus() -> list[str]:
 def fit_in_parallel(numbers: Sequence[int], at_once: int, arguments: Sequence[str]) -> None:
     """Run `python -m training fit ARGUMENTS --fold NUMBER` for each of `numbers`, `at_once` at a time.
 
-    Each has a GPU of its own while there are enough, and its share of the CPU threads. The first that fails, SIGINT or
-    SIGTERM stops all of them (each keeps its last epoch's checkpoint) and raises UserError.
+    Each gets a GPU of its own as far as they go round, and an equal share of the CPU threads. A fold that fails, SIGINT
+    or SIGTERM stops all of them and raises UserError; each keeps its last epoch's checkpoint.
     """
     asyncio.run(_fit_all(numbers, min(at_once, len(numbers)), arguments))
 
@@ -73,7 +73,7 @@ async def _fit_all(numbers: Sequence[int], at_once: int, arguments: Sequence[str
     for n in range(at_once):
         slots.put_nowait(devices[n % len(devices)] if devices else "")
     place = f"GPUs {', '.join(devices[:at_once])}" if devices else "the CPU"
-    print(f"{at_once} folds at once on {place}, CPU threads each: {threads}", flush=True)
+    print(f"{at_once} folds at once on {place}, {threads} CPU threads each", flush=True)
     stopped_by: list[str] = []
     this, loop = asyncio.current_task(), asyncio.get_running_loop()
 
@@ -90,7 +90,7 @@ async def _fit_all(numbers: Sequence[int], at_once: int, arguments: Sequence[str
     except ExceptionGroup as failed:
         raise failed.exceptions[0] from None
     except asyncio.CancelledError:
-        raise UserError(f"stopped by {stopped_by[0]}, every fold with it; the same command resumes") from None
+        raise UserError(f"{stopped_by[0]} stopped all folds; run the same command to resume") from None
 
 
 async def _fit_one(number: int, slots: asyncio.Queue[str], threads: int, arguments: Sequence[str]) -> None:
@@ -111,7 +111,7 @@ async def _fit_one(number: int, slots: asyncio.Queue[str], threads: int, argumen
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
-        process_group=0,  # Ctrl-C is the parent's
+        process_group=0,  # so that Ctrl-C reaches only the parent, which stops the folds
     )
     try:
         async for raw in process.stdout:  # type: ignore[union-attr]
@@ -124,5 +124,5 @@ async def _fit_one(number: int, slots: asyncio.Queue[str], threads: int, argumen
             await process.wait()
     if code:
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}, see above"
-        raise UserError(f"fold {number} {how}; the other folds were stopped; the same command resumes")
+        raise UserError(f"fold {number} {how}; the other folds were stopped; run the same command to resume")
     slots.put_nowait(gpu)

@@ -18,6 +18,7 @@ import torch
 from peft import PeftModel
 
 from inference.backbones import build, lookup
+from inference.commandline import DEVICES
 from inference.device import choose_device
 from inference.ensemble import Ensemble
 from inference.errors import UserError
@@ -38,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", type=Path, help=f"a folder, file or CSV of crops; its first {MOST} are taken (default: generated)"
     )
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -129,8 +130,9 @@ def fold_logits(
     member: Member, fold: Path, crops: Sequence[np.ndarray], device: torch.device, dtype: torch.dtype
 ) -> np.ndarray:
     """Logits (V, N) of one fold by timm and PEFT alone; only the resized crops come from this project."""
-    model = build(member.backbone, 1, member.pool)
-    load_base(model, member.base, lookup(member.backbone).head)
+    backbone = lookup(member.backbone)
+    model = build(backbone, 1, member.pool)
+    load_base(model, member.base, backbone.head)
     merged = PeftModel.from_pretrained(model, fold).merge_and_unload().to(device, dtype).eval()
     preprocess = Preprocess(**member.preprocess)
     answers = []

@@ -95,7 +95,7 @@ def texts(rows: list[dict[str, str]]) -> pa.Table:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
 
 
 def read_parquet(shard: Shard) -> Iterator[Chunk]:

@@ -241,14 +241,14 @@ def image_column(schema: pa.Schema, wanted: str | None) -> str:
 
     def holds_bytes(kind: pa.DataType) -> bool:
         if pa.types.is_struct(kind):
-            return kind.get_field_index("bytes") >= 0 and holds_bytes(kind.field("bytes").type)
-        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+            return bool(kind.get_field_index("bytes") >= 0) and holds_bytes(kind.field("bytes").type)
+        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
-    names = [field.name for field in schema if holds_bytes(field.type)]
+    names: list[str] = [field.name for field in schema if holds_bytes(field.type)]
     if wanted is None and len(names) == 1:
         return names[0]
     if wanted in names:
-        return str(wanted)
+        return wanted
     raise UserError(
         f"columns with bytes: {', '.join(names) or 'none'}; expected {wanted or 'one'}; name it with --image"
     )

@@ -1,7 +1,7 @@
-"""Which crops a command is to look at: files, folders and tables with paths, read one after another; each crop once.
+"""List the crops that a command names as files, folders and tables, in order and each once.
 
-Standard library only. A table is a CSV file with a column of paths, relative to the table itself, and possibly columns
-with a page, a label and a domain.
+A table is a CSV file with a column of paths, relative to the table itself, and optional columns for the page, the label
+and the domain. Standard library only.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from ..labels import parse_label
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".mha")
 PATH_COLUMNS = ("path", "file", "filename", "image", "image_path")
-FOLDER = "@folder"  # in place of a column: the name of the folder that a crop lies in
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the start of a formula
+FOLDER = "@folder"  # instead of a column: the name of the folder that holds a crop
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes as the start of a formula
 
 
 @dataclass(frozen=True)
 class Item:
-    """A file, or one page of it; label 1 (atypical), 0 (normal) or None (not known).
+    """A file, or one page of it; label 1 (atypical), 0 (normal) or None (unknown).
 
-    path: as it was named; file: the same for every name of one file, with all links resolved
+    path: as the user named it; file: with all links resolved, the same for every name of a file
     """
 
     path: str
@@ -36,12 +36,12 @@ class Item:
 
 
 def list_crops(paths: Sequence[Path], labels: str | None = None, domains: str | None = None) -> list[Item]:
-    """Every crop of the given files, folders (with all below them, by name) and tables, in this order.
+    """Every crop of the given files, folders (recursively, sorted by name) and tables, in this order.
 
-    What is named twice, by whatever paths, stands where it was first named, with the label and the domain of either.
-    A file that is named as a whole and by some of its pages keeps an item for each: see `Run.stream`.
-    labels, domains: names of columns, or "@folder"; without them a table's columns called label and domain.
-    UserError where a path is missing, holds no crops or cannot be understood, or where labels contradict each other.
+    A crop that is named twice, by whatever paths, is listed where it was named first, with the label and domain of
+    either. A file that is named both as a whole and by page keeps an item for each: see `Run.stream`.
+    labels, domains: names of columns, or "@folder"; by default a table's columns called label and domain.
+    UserError if a path is missing, holds no crops or cannot be parsed, or if labels contradict each other.
     """
     items: dict[tuple[str, int | None], Item] = {}
     for path in paths:
@@ -69,24 +69,24 @@ def list_crops(paths: Sequence[Path], labels: str | None = None, domains: str | 
 
 
 def merged(item: Item, other: Item) -> Item:
-    """`item` with what only `other` knows. UserError where they contradict each other."""
+    """`item`, completed from `other`. UserError if they contradict each other."""
     for name, ours, theirs in (("label", item.label, other.label), ("domain", item.domain, other.domain)):
         if ours not in (None, "") and theirs not in (None, "") and ours != theirs:
             raise UserError(
-                f"{item.path} has the {name}s {ours} and {theirs}; expected one for each crop; correct the tables"
+                f"{item.path} has the {name}s {ours} and {theirs}; expected one per crop; correct the tables"
             )
     return replace(item, label=other.label if item.label is None else item.label, domain=item.domain or other.domain)
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """The image files below `folder`, sorted, hidden ones left out; links to folders are not followed."""
+    """The image files below `folder`, sorted, without hidden ones; links to folders are not followed."""
     for root, names, files in os.walk(folder):
         names[:] = sorted(name for name in names if not name.startswith("."))
         yield from (Path(root, name) for name in sorted(files) if name.lower().endswith(SUFFIXES) and name[0] != ".")
 
 
 def read_rows(table: Path) -> tuple[list[Item], list[dict[str, str]]]:
-    """The rows of a CSV file in their order: a file or a page of it, and all columns as text."""
+    """The rows of a CSV file in order: the file or page that each names, and all its columns as text."""
     try:
         with table.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream)
@@ -99,13 +99,15 @@ def read_rows(table: Path) -> tuple[list[Item], list[dict[str, str]]]:
     items = []
     for number, row in enumerate(rows, 2):
         if None in row or None in row.values():
-            raise UserError(f"{table}, row {number} has not {len(columns)} fields; expected as many as its header")
+            raise UserError(
+                f"{table}, row {number} does not have {len(columns)} fields; expected one per column; correct it"
+            )
         page = row.get("page", "").strip()
         if "\0" in row[of_path]:
-            raise UserError(f"{table}, row {number}: the path has a null byte; expected a file's path; fix it")
+            raise UserError(f"{table}, row {number}: the path has a null byte; expected a file's path; correct it")
         if page and not (page.isascii() and page.isdigit()):
             raise UserError(
-                f"{table}, row {number}: page is {page!r}; expected a number from 0 on or nothing; correct it"
+                f"{table}, row {number}: page is {page!r}; expected a number, counted from 0, or nothing; correct it"
             )
         items.append(Item(str(table.parent / row[of_path]), int(page) if page else None))
     return items, rows
@@ -117,7 +119,7 @@ def read_table(table: Path, labels: str | None, domains: str | None) -> list[Ite
     columns = list(rows[0]) if rows else []
     for name in (labels, domains):
         if rows and name is not None and name != FOLDER and name not in columns:
-            raise UserError(f"{table} has no column {name!r} but {columns}; expected one of these; name another")
+            raise UserError(f"{table} has no column {name!r}; expected one of {columns}; name another")
     of_label = labels or ("label" if "label" in columns else None)
     of_domain = domains or ("domain" if "domain" in columns else None)
     found = []
@@ -131,7 +133,7 @@ def read_table(table: Path, labels: str | None, domains: str | None) -> list[Ite
 
 
 def label_or_none(text: str, where: str) -> int | None:
-    """A table's label, which may be missing. UserError for a word that is not known: a label is never lost silently."""
+    """A table's label; None if it is empty. UserError for an unknown word: no label is ever dropped silently."""
     return parse_label(text, where) if text.strip() else None
 
 

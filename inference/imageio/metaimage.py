@@ -1,13 +1,13 @@
-"""Read MetaImage (.mha) without ITK: a text header, then pixels as they are or deflated, in the same file.
+"""Read MetaImage (.mha) without ITK: a text header, then raw or deflated pixels, in one file.
 
-What ITK would allow and a stack does not need is refused: pixels in other files (a header must not reach outside the
-input), text pixels, more than 16 bits. Nothing is allocated before the header's sizes are checked, inflating stops at
-the size that the header promises, and pixels are converted as they come.
+Features of the format that a stack does not need are refused: pixels in other files (a header must not reach outside
+the input), pixels as text, more than 16 bits. Nothing is allocated before the header's sizes are checked, inflating
+stops at the size that the header promises, and pixels are converted as they are read.
 
-Why not SimpleITK (2.5.7), which this was measured against and which the tests hold it equal to: it hands over a damaged
-or cut deflate stream, and a whole one without CompressedDataSize, as wrong pixels and no error; it holds the pixels of
-the whole stack twice (16 bytes a pixel for RGBA of 16 bits, where this takes none beside the answer's 3); it reads no
-file that is in memory only; importing it takes 0.2 s. A check of the stream before it would be this reader.
+Why not SimpleITK (2.5.7), whose results the tests compare with ours: from a damaged or truncated deflate stream, and
+from an intact one without CompressedDataSize, it returns wrong pixels and no error; it holds the whole stack in memory
+twice (16 bytes a pixel for 16-bit RGBA, where this needs only the 3 of the result); it cannot read from memory; and
+importing it takes 0.2 s. Checking the stream first would take a reader like this one anyway.
 Source: MetaIO's documentation, https://itk.org/Wiki/MetaIO/Documentation
 """
 
@@ -25,14 +25,14 @@ from ..errors import UserError
 from .pixels import rgb_page
 from .source import File
 
-HEADER = 1 << 16  # bytes that a header may take; ITK writes about 300
+HEADER = 1 << 16  # most bytes of a header; ITK writes about 300
 TYPES = {"MET_UCHAR": "u1", "MET_UCHAR_ARRAY": "u1", "MET_USHORT": "u2", "MET_USHORT_ARRAY": "u2"}
-CHUNK = 1 << 18  # bytes that are read or inflated at a time
+CHUNK = 1 << 18  # bytes read or inflated at a time
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a header says about the pixels behind it."""
+    """What a header says about the pixels that follow it."""
 
     pages: int
     height: int
@@ -47,7 +47,7 @@ class Layout:
 
 
 def read_metaimage(path: File, check: Callable[[int, int, int, int], None]) -> list[np.ndarray]:
-    """The pages, each uint8 (H, W, 3). UserError for all else; `check(0, width, height, pages)` may raise too."""
+    """The pages, each uint8 (H, W, 3). UserError for anything else; `check(0, width, height, pages)` may raise too."""
     with path.open("rb") as stream:
         layout = _layout(path, _header(path, stream))
         check(0, layout.width, layout.height, layout.pages)
@@ -61,7 +61,7 @@ def read_metaimage(path: File, check: Callable[[int, int, int, int], None]) -> l
 
 
 class Pixels:
-    """The pixels of an open file, from the first to the last. UserError where they are more, fewer or damaged."""
+    """The pixels of an open file in order. UserError if there are too many or too few, or if they are damaged."""
 
     def __init__(self, path: File, stream: BinaryIO, layout: Layout) -> None:
         self.name, self.layout = path.name, layout
@@ -69,7 +69,7 @@ class Pixels:
         self.inflater = zlib.decompressobj(47) if layout.compressed else None  # 47: zlib or gzip, as the stream says
 
     def rows(self, top: int, bottom: int) -> np.ndarray:
-        """The next rows, as many as lie between `top` and `bottom`, (R, W, C)."""
+        """The next `bottom - top` rows, (R, W, C)."""
         shape = (bottom - top, self.layout.width, self.layout.channels)
         wanted = math.prod(shape) * self.layout.dtype.itemsize
         data = bytearray()
@@ -88,14 +88,14 @@ class Pixels:
             raise self._wrong("0 readable")
 
     def _next(self, most: int) -> bytes:
-        """Up to `most` bytes of pixels; none where the file, or the deflated stream, ends or is damaged."""
+        """Up to `most` bytes of pixels; none at the end of the file or stream. UserError if it is damaged."""
         if self.inflater is None:
             block = self.stream.read(most)
         else:
             block = b""
             while not block and not self.inflater.eof:
                 packed = self.inflater.unconsumed_tail or self.stream.read(CHUNK)
-                if not packed:  # cut off
+                if not packed:  # truncated
                     break
                 try:
                     block = self.inflater.decompress(packed, most)
@@ -128,7 +128,7 @@ def _header(path: File, stream: BinaryIO) -> dict[str, str]:
 
 
 def _layout(path: File, fields: dict[str, str]) -> Layout:
-    """What the header says, checked. UserError where it is no image of one file that a stack can be."""
+    """The layout, validated. UserError unless it is a stack in a single file."""
     source = fields["elementdatafile"]
     if source.upper() != "LOCAL":
         raise UserError(
@@ -140,7 +140,7 @@ def _layout(path: File, fields: dict[str, str]) -> Layout:
         raise UserError(f"{path.name} has HeaderSize {fields['headersize']:.40}; expected none; write it again")
     sides = _numbers(path, fields, "dimsize")
     if len(sides) != _numbers(path, fields, "ndims")[0]:
-        raise UserError(f"{path.name} has a DimSize that does not fit NDims; expected as many numbers; write it again")
+        raise UserError(f"{path.name} has a DimSize that does not match NDims; expected NDims numbers; write it again")
     kind = TYPES.get(fields.get("elementtype", ""))
     if kind is None:
         found = fields.get("elementtype", "no ElementType")

@@ -1,8 +1,8 @@
-"""From pixels as a file holds them to uint8 RGB, a few rows at a time.
+"""Convert a file's pixels to uint8 RGB, a few rows at a time.
 
-The rules are the same for every format. RGB stays as it is; grey is repeated in three channels; transparency is laid
-over white; of 16 bits the upper 8 are kept (65535 becomes 255); palette, CMYK and YCbCr go through Pillow's own
-conversion. Any other pixel type (floating point, 12 or 32 bits, Lab) is refused, because its range is not known.
+The rules are the same for every format. RGB is kept; grey is repeated in three channels; transparency is blended with
+white; of 16 bits the upper 8 are kept (65535 becomes 255); palette, CMYK and YCbCr are converted by Pillow. Any other
+pixel type (floating point, 12 or 32 bits, Lab) is refused, because its range is unknown.
 
 Converting a whole page at once took up to 56 bytes a pixel in temporary arrays; a block of rows takes next to nothing.
 """
@@ -19,11 +19,11 @@ from ..errors import UserError
 if TYPE_CHECKING:
     from PIL import Image
 
-BLOCK = 1 << 16  # pixels that are converted at a time
+BLOCK = 1 << 16  # pixels converted at a time
 
 
 def rgb_page(width: int, height: int, rows: Callable[[int, int], np.ndarray], where: str) -> np.ndarray:
-    """A page as uint8 (H, W, 3); `rows(top, bottom)` gives its pixels as `from_array` takes them, from the top down."""
+    """A page as uint8 (H, W, 3); `rows(top, bottom)` returns rows of pixels for `from_array`, from the top down."""
     page = np.empty((height, width, 3), np.uint8)
     step = max(1, BLOCK // width)
     for top in range(0, height, step):
@@ -35,7 +35,7 @@ def rgb_page(width: int, height: int, rows: Callable[[int, int], np.ndarray], wh
 def from_array(pixels: np.ndarray, where: str) -> np.ndarray:
     """(H, W), (H, W, 1), (H, W, 3) or (H, W, 4), 8 or 16 bits, to uint8 (H, W, 3), possibly a view.
 
-    UserError that begins with `where` for other shapes and types.
+    UserError, beginning with `where`, for other shapes and types.
     """
     if pixels.dtype.newbyteorder("=") == np.uint16:
         pixels = (pixels >> 8).astype(np.uint8)
@@ -47,17 +47,17 @@ def from_array(pixels: np.ndarray, where: str) -> np.ndarray:
         raise UserError(f"{where} has shape {pixels.shape}; expected grey, RGB or RGBA; convert the stack")
     if pixels.shape[2] == 4:
         alpha = pixels[..., 3:].astype(np.uint16)
-        blend = pixels[..., :3] * alpha  # of 255 * 255 at most, so that 16 bits hold all that follows
+        blend = pixels[..., :3] * alpha  # at most 255 * 255, so 16 bits suffice for all that follows
         blend += 255 * (255 - alpha) + 127
         pixels = (blend // 255).astype(np.uint8)
     return np.broadcast_to(pixels, (*pixels.shape[:2], 3))
 
 
 def from_pillow(image: Image.Image, where: str) -> np.ndarray:
-    """The current page of a Pillow image as uint8 (H, W, 3). UserError where its pixel type is not read."""
+    """The current page of a Pillow image as uint8 (H, W, 3). UserError if its pixel type is not supported."""
     if image.mode in ("I", "F", "LAB"):
         raise UserError(f"{where} has {image.mode} pixels; expected 8 or 16 bits; convert the stack")
-    image.load()  # a TIFF's orientation may exchange its sides only now
+    image.load()  # only now may a TIFF's orientation tag swap its sides
     width, height = image.size
     return rgb_page(width, height, lambda top, bottom: _rows(image.crop((0, top, width, bottom))), where)
 

@@ -1,4 +1,4 @@
-"""Where an image's bytes come from: a file, or memory that stands in for one."""
+"""Where an image's bytes come from: a file, or memory that acts like one."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import BinaryIO
 
 @dataclass(frozen=True)
 class Blob:
-    """The content of an image file that lies in a table, an archive or an object store instead of a folder.
+    """The content of an image file from a table, an archive or an object store.
 
-    It has those methods of a path that the readers call. `name` is for messages, and its suffix for `.mha`.
+    It has the methods of a Path that the readers call. `name` is shown in messages; its suffix identifies `.mha`.
     """
 
     name: str

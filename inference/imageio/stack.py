@@ -1,13 +1,13 @@
 """Read a stack: multi-page TIFF or MetaImage (.mha), and single PNG or JPEG crops, to uint8 RGB pages.
 
-An orientation tag of a TIFF turns the page, as it does for the challenge's reference container. Pages of a TIFF are its
-directories in the order of their chain, flagged as reduced or not; sub-IFDs are not pages. Of PNG and JPEG only the
-first image is read. How pixels are converted: pixels.py.
+A TIFF's orientation tag turns the page, as in the challenge's reference container. The pages of a TIFF are its chained
+directories, whether flagged as reduced or not; sub-IFDs are not pages. Of PNG and JPEG only the first image is read.
+pixels.py converts the pixels.
 
 One damaged page fails the whole stack. An answer for it would be a guess that looks like a result: nobody could tell it
-from the others, and the evaluator counts it. An error is seen before anything is submitted, and it names the page.
+from the others, and the evaluator would count it. An error names the page, and is seen before anything is submitted.
 
-Bounds hold before anything is decoded: no file costs more memory or time than the largest stack that is allowed.
+Limits are checked before anything is decoded: no file costs more memory or time than the largest allowed stack.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from .source import File
 MAX_SIDE = 8192  # pixels of one page; a crop has about 128
 MAX_PAGES = 4096
 MAX_PIXELS = 1 << 28  # of all pages together: 768 MiB as RGB
-MAX_BYTES = 2 << 30  # of the file: what MAX_PIXELS take with four channels of 16 bits
-MAX_SCANS = 100  # of a progressive JPEG; each costs a pass over the image, and takes ten bytes
-BYTES_A_PIXEL = 14  # of memory while a page is read, at most, the 3 of its RGB included; a page that was read keeps 3
+MAX_BYTES = 2 << 30  # of the file: MAX_PIXELS with four channels of 16 bits
+MAX_SCANS = 100  # of a progressive JPEG; ten bytes of file can cost a pass over the image
+BYTES_A_PIXEL = 14  # most memory while a page is read, with the 3 of its RGB; afterwards it keeps those 3
 
 
 def read_stack(path: File) -> list[np.ndarray]:
-    """The pages in their order, each uint8 (H, W, 3). UserError, naming the page, where one cannot be read whole."""
+    """The pages in order, each uint8 (H, W, 3). UserError, naming the page, if one cannot be read completely."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -61,7 +61,7 @@ def read_stack(path: File) -> list[np.ndarray]:
 
 
 def _scans(path: File) -> int:
-    """How many scans a JPEG may have: every place that reads like the start of one counts."""
+    """An upper bound of a JPEG's scans: every occurrence of the marker that starts one."""
     count, last = 0, b""
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -71,13 +71,13 @@ def _scans(path: File) -> int:
 
 
 class Totals:
-    """Adds up pages and pixels, and refuses what is too large."""
+    """Adds up pages and pixels, and refuses too many."""
 
     def __init__(self, path: File) -> None:
         self.name, self.pixels = path.name, 0
 
     def add(self, page: int, width: int, height: int, pages: int = 1) -> None:
-        """UserError where `pages` pages of this size, the first of which is number `page`, are too many or too big."""
+        """Add `pages` pages of this size, starting with number `page`. UserError if they are too many or too large."""
         if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
             raise UserError(
                 f"page {page} of {self.name} has {width} x {height} pixels; expected 1 to {MAX_SIDE} a side; "
@@ -100,7 +100,7 @@ def _decode(path: File, kind: str, count: int) -> list[np.ndarray]:
     pages: list[np.ndarray] = []
     totals = Totals(path)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a damaged tag is Pillow's to report and ours to judge; stderr stays empty
+        warnings.simplefilter("ignore")  # Pillow warns of damaged tags; check_tiff judges them, and stderr stays empty
         try:
             with Image.open(path if isinstance(path, Path) else path.open(), formats=(kind,)) as image:
                 for page in range(count):
@@ -109,10 +109,10 @@ def _decode(path: File, kind: str, count: int) -> list[np.ndarray]:
                     pages.append(from_pillow(image, f"page {page} of {path.name}"))
         except (UserError, MemoryError):
             raise
-        except Exception as error:  # decoders raise whatever they like on damaged data
+        except Exception as error:  # decoders raise anything on damaged data
             reason = f"{type(error).__name__}: {error}"
             raise UserError(
-                f"page {len(pages)} of {path.name} is damaged or of a kind that is not read ({reason:.200}); "
+                f"page {len(pages)} of {path.name} is damaged or not supported ({reason:.200}); "
                 "expected a whole RGB page; write the stack again"
             ) from None
     return pages

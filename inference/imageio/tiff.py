@@ -1,8 +1,8 @@
-"""The skeleton of a TIFF file, checked in full before a decoder sees any of it.
+"""Check the structure of a TIFF file completely before a decoder sees it.
 
-Decoders are lenient: a chain of pages that runs in a circle ends early, a strip that points nowhere becomes grey, one
-that is listed a million times is read a million times. Here a page is either whole or an error, the pages are counted,
-and what a decoder will read and write is bounded by the file's own size.
+Decoders are lenient: a circular chain of pages ends early, a strip that points nowhere becomes grey, and one that is
+listed a million times is read a million times. Here every page is either intact or an error, the pages are counted,
+and what a decoder reads and writes is bounded by the file's own size.
 Source: TIFF 6.0 (Adobe, 1992), and https://libtiff.gitlab.io/libtiff/specification/bigtiff.html
 """
 
@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ..errors import UserError
 from .source import File
 
 MAX_TAGS = 1024  # of one page
 MAX_SEGMENTS = 1 << 18  # strips or tiles of all pages
-MAX_TILE = 8192  # pixels a side; a decoder makes room for all of a tile, whatever part of it the page needs
-MAX_TILED = 1 << 28  # pixels of all tiles together, those beyond the pages' edges included: they are decoded too
+MAX_TILE = 8192  # pixels a side; a decoder allocates the whole tile, however little of it the page needs
+MAX_TILED = 1 << 28  # pixels of all tiles together, including those beyond the page's edges, which are decoded too
 UNITS = {
     1: "B",
     2: "B",
@@ -68,13 +68,13 @@ PHOTOMETRICS = {0: "white is zero", 1: "black is zero", 2: "RGB", 3: "palette", 
 
 
 class Damaged(Exception):
-    """What is wrong with the page at hand."""
+    """What is wrong with the current page."""
 
 
 def check_tiff(path: File, check: Callable[[int, int, int], None]) -> int:
-    """The number of pages of a file that is whole. UserError names the first page that is not, or is not supported.
+    """The number of pages of an intact file. UserError names the first page that is damaged or not supported.
 
-    `check(pages so far, width, height)` may raise its own for the page at hand. Sub-IFDs are not pages and not visited.
+    `check(pages so far, width, height)` may raise its own for the current page. Sub-IFDs are not pages and not visited.
     """
     size = path.stat().st_size
     with path.open("rb") as stream:
@@ -85,7 +85,7 @@ def check_tiff(path: File, check: Callable[[int, int, int], None]) -> int:
             page = len(seen)
             if offset in seen:
                 raise UserError(
-                    f"{path.name} leads from page {page - 1} back to a page before; expected an end; write it again"
+                    f"{path.name} links page {page - 1} back to an earlier page; expected an end; write it again"
                 )
             seen.add(offset)
             try:
@@ -106,7 +106,7 @@ def check_tiff(path: File, check: Callable[[int, int, int], None]) -> int:
             if segments > MAX_SEGMENTS or tag_bytes > size or pixel_bytes > size:
                 raise UserError(
                     f"{path.name} claims {segments:,} strips, {pixel_bytes:,} bytes of pixels, {tag_bytes:,} of tags "
-                    f"by page {page}; expected {MAX_SEGMENTS:,} at most, in {size:,} bytes; write anew"
+                    f"by page {page}; expected {MAX_SEGMENTS:,} at most, in {size:,} bytes; write it again"
                 )
     if not seen:
         raise UserError(f"{path.name} has no page; expected one or more; write it again")
@@ -130,7 +130,7 @@ def _first(path: File, stream: BinaryIO) -> tuple[int, tuple[str, bool]]:
 def _directory(
     stream: BinaryIO, offset: int, layout: tuple[str, bool], size: int
 ) -> tuple[dict[int, tuple[int, ...]], int, int]:
-    """Structure tags of the directory at `offset`, the offset of the next, and the bytes of all its tags' values."""
+    """Structure tags of the directory at `offset`, the next one's offset, and the size of all its tag values."""
     order, big = layout
     entry, head, link = (
         (order + "HHQ8s", order + "Q", order + "Q") if big else (order + "HHI4s", order + "H", order + "I")
@@ -159,7 +159,7 @@ def _directory(
     return tags, _unpack(stream, start + count * step, link)[0], total
 
 
-def _unpack(stream: BinaryIO, offset: int, form: str) -> tuple:
+def _unpack(stream: BinaryIO, offset: int, form: str) -> tuple[Any, ...]:
     length = struct.calcsize(form)
     if offset >= 1 << 62:
         raise Damaged("points outside the file")
@@ -179,9 +179,9 @@ def _side(tags: dict[int, tuple[int, ...]]) -> tuple[int, int]:
 
 
 def _segments(tags: dict[int, tuple[int, ...]], size: int) -> tuple[tuple[int, ...], int]:
-    """Byte counts of a page's strips or tiles, and the pixels of all its tiles.
+    """Byte counts of a page's strips or tiles, and the number of pixels of all its tiles.
 
-    Damaged unless all of them lie in the file and they are as many as the page's sides need.
+    Raises Damaged unless all of them lie in the file and their number matches the page's size.
     """
     width, height = _side(tags)
     samples, compression, photometric = (

@@ -1,8 +1,8 @@
-"""Where an ensemble looks: hide one place of a crop after another, and see what that does to the answer.
+"""Where an ensemble looks: hide one part of a crop after another and measure how the answer changes.
 
-Occlusion (Zeiler and Fergus, arXiv 1311.2901) with soft-edged masks, weighted as RISE does (arXiv 1806.07421). It
-needs nothing but `Ensemble.predict`, so one method serves convolutions and transformers, every pooling and every
-precision, and its numbers mean something: by how many logits the answer falls when this place is hidden.
+Occlusion (Zeiler and Fergus, arXiv 1311.2901) with soft-edged masks, weighted as in RISE (arXiv 1806.07421). It
+needs only `Ensemble.predict`, so it works for convolutions and transformers, for every pooling and precision, and its
+values have a unit: the number of logits by which the answer falls when this part is hidden.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import numpy as np
 if TYPE_CHECKING:
     from ..ensemble import Ensemble
 
-GRID = 8  # positions along a side: one each 16 pixels of a crop of 128
-WIDTH = 0.11  # standard deviation of a mask, as a part of the side: it hides a disc of about a quarter of the side
+GRID = 8  # positions along a side: one every 16 pixels of a 128-pixel crop
+WIDTH = 0.11  # standard deviation of a mask, as a fraction of the side: it hides a disc a quarter of the side wide
 SIDE = 24  # of a map
-BLOCK = 1 << 16  # pixels that are hidden at a time
-CHUNK = 64 << 20  # bytes of the crops that are predicted together
-CENTRE = 0.25  # radius of the disc that counts as the centre, as a part of the side
+BLOCK = 1 << 16  # pixels blended at a time
+CHUNK = 64 << 20  # bytes of crops predicted together
+CENTRE = 0.25  # radius of the disc that counts as the centre, as a fraction of the side
 
 
 @dataclass(frozen=True)
 class Attribution:
-    """values (SIDE, SIDE) over the central square that the networks see, in logits: positive speaks for atypical.
+    """values (SIDE, SIDE) over the central square that the networks see, in logits: positive is evidence for atypical.
 
-    centre: part of all |values| that lies in the disc where a figure is expected, in [0, 1]
-    area: the disc's part of the map, which is what `centre` would be if every place mattered alike
+    centre: share of the total |values| in the central disc, where the mitotic figure is expected, in [0, 1]
+    area: share of the map that the disc covers, which `centre` would equal if every part mattered equally
     """
 
     values: np.ndarray
@@ -54,21 +54,22 @@ def bumps(side: int) -> np.ndarray:
     """One axis of a Gaussian at each position, (GRID, side)."""
     places = (np.arange(GRID) + 0.5) / GRID
     pixels = (np.arange(side) + 0.5) / side
-    return np.exp(-0.5 * ((pixels[None] - places[:, None]) / WIDTH) ** 2)
+    heights: np.ndarray = np.exp(-0.5 * ((pixels[None] - places[:, None]) / WIDTH) ** 2)
+    return heights
 
 
 def masks(side: int) -> np.ndarray:
-    """What each position hides, (GRID^2, side, side) in [0, 1]: a bump with a flat top and soft edges."""
+    """How much of each pixel each position hides, (GRID^2, side, side) in [0, 1]: a flat top with soft edges."""
     bump = bumps(side)
     product = bump[:, None, :, None] * bump[None, :, None, :]
-    return np.clip(2 * product, 0, 1).reshape(GRID * GRID, side, side)
+    hidden: np.ndarray = np.clip(2 * product, 0, 1).reshape(GRID * GRID, side, side)
+    return hidden
 
 
 def hide(square: np.ndarray, position: int, fill: np.ndarray) -> np.ndarray:
-    """A square crop, uint8 (S, S, 3), with one position hidden by the colour `fill` (3,).
+    """A square crop, uint8 (S, S, 3), with one position covered by the colour `fill` (3,).
 
-    Rows are blended block by block, so that a
-    crop of 8,192 pixels a side takes no more than itself again.
+    Rows are blended in blocks, so that a crop of 8,192 pixels a side needs no more memory than one copy of itself.
     """
     side, bump = len(square), bumps(len(square))
     row, column = bump[position // GRID], bump[position % GRID]
@@ -82,8 +83,9 @@ def hide(square: np.ndarray, position: int, fill: np.ndarray) -> np.ndarray:
 
 
 def logit(p: np.ndarray) -> np.ndarray:
-    p = np.clip(p, 1e-9, 1 - 1e-9)
-    return np.log(p / (1 - p))
+    p = p.clip(1e-9, 1 - 1e-9)
+    z: np.ndarray = np.log(p / (1 - p))
+    return z
 
 
 def attribute(ensemble: Ensemble, crop: np.ndarray) -> Attribution:
@@ -92,7 +94,7 @@ def attribute(ensemble: Ensemble, crop: np.ndarray) -> Attribution:
     side = min(*crop.shape[:2], max(seen))
     top, left = (crop.shape[0] - side) // 2, (crop.shape[1] - side) // 2
     square = crop[top : top + side, left : left + side]
-    fill = np.median(square, axis=(0, 1))  # tissue of the same stain, and no edge that a network could see
+    fill = np.median(square, axis=(0, 1))  # like tissue of the same stain, with no edge to react to
     count = max(1, CHUNK // square.nbytes)
     p = [ensemble.predict([square], tta="none").p_atypical]
     for first in range(0, GRID * GRID, count):
@@ -100,7 +102,7 @@ def attribute(ensemble: Ensemble, crop: np.ndarray) -> Attribution:
         p.append(ensemble.predict(hidden, tta="none").p_atypical)
     scores = logit(np.concatenate(p))
     fall = scores[0] - scores[1:]  # (GRID^2,)
-    weight = masks(SIDE) ** 3  # each position's fall is drawn where it hides most: sharper, and as even
+    weight = masks(SIDE) ** 3  # a higher power draws each fall where its mask hides most, for a sharper map
     values = np.tensordot(fall, weight, 1) / weight.sum(0)
     axis = (np.arange(SIDE) + 0.5) / SIDE - 0.5
     disc = axis[:, None] ** 2 + axis[None] ** 2 <= CENTRE**2

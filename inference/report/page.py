@@ -1,7 +1,7 @@
-"""The report of a run: one HTML file with every crop, its answer and the ensemble's card, that opens from disk.
+"""The report of a run: one HTML file, opened from disk, with every crop, its answer and a summary of the ensemble.
 
-Nothing in it is fetched (its own policy forbids it), so it can be mailed, archived and opened in a closed network. It
-is made of report.html, page.css, report.css, report.js and charts.js in this folder, and two blocks of JSON.
+It loads nothing (its content security policy forbids it), so it can be mailed, archived and opened on a closed network.
+It is assembled from report.html, page.css, report.css, report.js and charts.js in this folder and two blocks of JSON.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from .attribution import Attribution
 
 HERE = Path(__file__).parent
-SIDE = 128  # pixels of a picture's longer side: a crop of the challenge as it is
-QUALITY = 70  # WebP: 2 kB a crop, and no difference that a person would see
+SIDE = 128  # pixels of a picture's longer side: the challenge's crops keep their size
+QUALITY = 70  # of WebP: 2 kB a crop, with no visible loss
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Picture:
 
 
 def picture(crop: np.ndarray) -> Picture:
-    """uint8 (H, W, 3) to what the report keeps, 25 times smaller."""
+    """Compress a crop, uint8 (H, W, 3), for the report: about 25 times smaller."""
     from PIL import Image
 
     image = Image.fromarray(crop)
@@ -52,7 +52,7 @@ def picture(crop: np.ndarray) -> Picture:
 
 
 def is_report(file: Path) -> bool:
-    """Whether `file` begins as `write_report` begins one, so that another may take its place. Raises OSError."""
+    """Whether `file` starts like a report of ours, which may be overwritten. Raises OSError if it cannot be read."""
     head = read("report.html").partition("@@")[0].encode()
     with file.open("rb") as stream:
         return stream.read(len(head)) == head
@@ -70,24 +70,24 @@ def write_report(
     attributions: Sequence[Attribution | None] | None = None,
     overview: str = "",
 ) -> Path:
-    """Write the report of `rows` to `file`, whole or not at all.
+    """Write the report of `rows` to `file`, completely or not at all.
 
     crops: one for each row, in the same order; an iterator is read once, so they need not fit into memory
-    manifest: of the ensemble that answered, or None where it is not at hand; then `threshold` is needed
-    title: of the page, such as the folder's name; settings: further lines for the card ("device": "cpu")
-    attributions: one for each row or None, from `inference.report.attribution`
-    overview: HTML of a section above the crops; elements with data-crop="N" in it open the N-th of them
+    manifest: of the ensemble that answered; None if it is not available, and then `threshold` is required
+    title: of the page, such as the folder's name; settings: more lines for the summary ("device": "cpu")
+    attributions: for each row one from `inference.report.attribution`, or None
+    overview: HTML of a section above the crops; an element in it with data-crop="N" opens crop N
     """
     if not rows:
         raise UserError("the report has no crops; expected one or more; check the input")
     threshold = manifest.threshold if manifest and threshold is None else threshold
     if threshold is None:
-        raise UserError("the report has no threshold; expected a manifest or a threshold; give one")
+        raise UserError("the report has no threshold; expected a manifest or a threshold; pass one of them")
     pictures = [crop if isinstance(crop, Picture) else picture(crop) for crop in crops]
     if len(pictures) != len(rows):
         raise ValueError(f"{len(pictures)} crops for {len(rows)} rows")
     domains = sorted({row.domain for row in rows if row.domain})
-    figures: dict[str, Any] = {
+    data: dict[str, Any] = {
         "threshold": threshold,
         "kept": widest_crop(manifest) if manifest else None,
         "domains": domains,
@@ -113,11 +113,11 @@ def write_report(
         "NAME": escape(manifest.name if manifest else "not known"),
         "SUMMARY": escape(summary(manifest) if manifest else ""),
         "OVERVIEW": overview,
-        "FIGURES": as_script(figures),
+        "DATA": as_script(data),
         "IMAGES": as_script(images),
         "SCRIPT": read("charts.js") + read("report.js"),
     }
-    page = "".join(  # split first: what is put in is never searched for placeholders
+    page = "".join(  # split first, so that inserted text is never searched for placeholders
         parts[piece] if number % 2 else piece for number, piece in enumerate(read("report.html").split("@@"))
     )
     try:
@@ -139,19 +139,19 @@ def escape(text: object) -> str:
 
 
 def as_script(content: Any) -> str:
-    """JSON that cannot end its <script> element, whatever a file is called."""
+    """JSON that cannot close its <script> element, whatever a file is called."""
     return json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def card(manifest: Manifest | None, threshold: float, settings: dict[str, str]) -> str:
-    """The ensemble's card as a list of terms: what answered, how it was set, how well it did out of fold."""
+    """The ensemble's summary as the items of a <dl>: what it is, how it was configured, how well it did out of fold."""
     lines: list[tuple[str, str]] = []
     if manifest:
         lines = [("Ensemble", manifest.name)]
         for member in manifest.members:
             lines += describe_member(member) if len(manifest.members) == 1 else [in_one_line(member)]
         lines.append(("Averaging", f"mean {manifest.averaging}, temperature {manifest.temperature:g}"))
-    lines.append(("Threshold", f"{threshold:g}: atypical from there on"))
+    lines.append(("Threshold", f"{threshold:g} (atypical at or above it)"))
     lines += describe_out_of_fold(manifest.provenance.get("out_of_fold")) if manifest else []
     lines += [(name.capitalize(), value) for name, value in settings.items()]
     if manifest:
@@ -165,7 +165,7 @@ def summary(manifest: Manifest) -> str:
 
 
 def widest_crop(manifest: Manifest) -> int | None:
-    """Side in pixels of the largest central square that a member sees; None where one sees all of a crop."""
+    """Side in pixels of the largest central square that a member sees; None if any member sees the whole crop."""
     crops = [member.preprocess["crop"] for member in manifest.members]
     return max(crops) if all(crops) else None
 
@@ -174,7 +174,7 @@ VIEWS = {"none": "1", "rot4": "4 (rotations)", "d4": "8 (rotations and mirror im
 
 
 def describe_member(member: Member) -> list[tuple[str, str]]:
-    """The only member, as lines of the card."""
+    """An ensemble's only member, as lines of the summary."""
     return [
         ("Backbone", f"{member.backbone}, {member.pool} pooling"),
         ("Folds", str(len(member.folds))),
@@ -184,7 +184,7 @@ def describe_member(member: Member) -> list[tuple[str, str]]:
 
 
 def in_one_line(member: Member) -> tuple[str, str]:
-    """One of several members, as a line of the card."""
+    """One of several members, as a line of the summary."""
     backbone = f"{member.backbone}, {member.pool} pooling"
     folds = f"{len(member.folds)} folds" if len(member.folds) > 1 else "1 fold"
     views = f"{TTA_VIEWS[member.tta]} views" if TTA_VIEWS[member.tta] > 1 else "1 view"
@@ -198,7 +198,7 @@ def describe_input(preprocess: dict[str, Any]) -> str:
 
 
 def describe_out_of_fold(scores: Any) -> list[tuple[str, str]]:
-    """Lines from the manifest's provenance, whose content no schema fixes: what is not there is left out."""
+    """Lines from the manifest's provenance, which has no fixed schema: missing entries are left out."""
     if not isinstance(scores, dict):
         return []
     text = []

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -139,7 +140,7 @@ def run(options: argparse.Namespace) -> int:
     table = Table(options.csv, manifest, computed, to_stdout)
     table.check_named(items, [path for path in options.paths if path.is_dir()])
     run = Run(options.device, options.precision, options.report is not None, manifest, table, items)
-    say = lambda text: print(text, file=sys.stderr if to_stdout else sys.stdout, flush=True)  # noqa: E731
+    say = partial(print, file=sys.stderr if to_stdout else sys.stdout, flush=True)
     try:
         run.score()
         if not run.rows:

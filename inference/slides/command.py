@@ -163,7 +163,8 @@ class Run:
             self.progress.show(len(self.done) + len(self.failed), self.new + len(self.failed), self.new)
 
     def write_table(self, detections: Sequence[Detection], others: Sequence[str]) -> Path:
-        text, file = io.StringIO(newline=""), self.options.output / TABLE
+        file: Path = self.options.output / TABLE
+        text = io.StringIO(newline="")
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["path", *REQUIRED, *others])
         writer.writerows([d.path, d.slide, f"{d.x:.12g}", f"{d.y:.12g}", *d.rest] for d in detections if d in self.done)

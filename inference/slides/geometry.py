@@ -59,7 +59,8 @@ def crosses_itself(corners: np.ndarray) -> bool:
 
     def side(p: np.ndarray, q: np.ndarray, r: np.ndarray) -> np.ndarray:
         cross = (q - p)[:, None, 0] * (r[None, :, 1] - p[:, None, 1])
-        return np.sign(cross - (q - p)[:, None, 1] * (r[None, :, 0] - p[:, None, 0]))
+        sides: np.ndarray = np.sign(cross - (q - p)[:, None, 1] * (r[None, :, 0] - p[:, None, 0]))
+        return sides
 
     starts, ends = side(a, b, a), side(a, b, b)  # (N, N): on which side of edge i the corners of edge j lie
     apart = starts * ends < 0

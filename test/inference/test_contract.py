@@ -87,8 +87,8 @@ def test_nothing_leads_out_of_the_input(tmp_path: Path) -> None:
     [
         ([{"socket": {"slug": "other"}}], "names the sockets"),
         ([{"interface": {}}, {"interface": {"slug": "other"}}], "names the sockets"),
-        ({"socket": {"slug": SLUG}}, "holds no list of objects"),
-        ([SLUG], "holds no list of objects"),
+        ({"socket": {"slug": SLUG}}, "is not a list of objects"),
+        ([SLUG], "is not a list of objects"),
         (b"", "cannot be read"),
         (b"\xff\xfe[\0]\0", "cannot be read"),
         (b"[" * 100_000, "cannot be read"),

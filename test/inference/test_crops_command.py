@@ -144,7 +144,7 @@ def test_one_run_at_a_time_writes_to_a_folder(slide, tmp_path) -> None:
     held = os.open(tmp_path / "crops", os.O_RDONLY)
     try:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another run writes to"):
+        with pytest.raises(UserError, match="another run is writing to"):
             run(tmp_path, detections(slide))
     finally:
         os.close(held)

@@ -88,7 +88,7 @@ def test_disk(free: int, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_engine_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "docker", lambda: None)
     [said] = lines(doctor.check_engine())
-    assert said.startswith("WARN  container engine: none answers. Fix: start Docker")
+    assert said.startswith("WARN  container engine: none found. Fix: start Docker")
 
 
 def test_a_gpu_that_pytorch_cannot_use_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,7 @@ def test_a_gpu_that_pytorch_cannot_use_fails(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(doctor, "run", lambda *_: None)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     said = lines(doctor.check_gpu(None))
-    assert any(line.startswith("FAIL  GPU: a device is there, but nvidia-smi does not answer") for line in said)
+    assert any(line.startswith("FAIL  GPU: there is a device, but nvidia-smi fails") for line in said)
     assert any(line.startswith("FAIL  a job would stop: found a GPU that PyTorch cannot use") for line in said)
 
 

