@@ -81,11 +81,15 @@ def check_image(image: SavedImage) -> list[Check]:
     if len(digest) != 64:
         return [Check("FAIL", f"{name!r} does not have a valid sha256 hash", SAVE)]
     findings = [Check("PASS", f"one image, config {digest[:12]} (each upload needs a digest that is new)")]
-    settings = config.get("config") or {}
     root = image.root(manifest[0].get("Layers", []))
-    findings.append(check_user(str(settings.get("User", "")), root))
-    if config.get("architecture") != "amd64":
-        message = f"architecture {config.get('architecture')} is not supported"
+    return findings + check_content(config.get("architecture"), config.get("config") or {}, root)
+
+
+def check_content(architecture: object, settings: dict[str, Any], root: Layer) -> list[Check]:
+    """What a saved image and one that an engine holds have in common: settings as in the Dockerfile, and files."""
+    findings = [check_user(str(settings.get("User", "")), root)]
+    if architecture != "amd64":
+        message = f"architecture {architecture} is not supported"
         findings.append(Check("FAIL", message, "docker build --platform=linux/amd64"))
     else:
         findings.append(Check("PASS", "architecture amd64"))

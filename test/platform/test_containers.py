@@ -14,7 +14,7 @@ import pytest
 
 from inference.checks import Check, passed
 from test.harness import __main__ as command_line
-from test.harness import engines, layout, readout
+from test.harness import engines, images, layout, readout
 from test.harness.preflight import check_file
 from test.support.programs import make_stack, messages
 
@@ -205,9 +205,9 @@ def test_a_rebuild_keeps_the_ensemble_of_the_image(
     build: Callable[..., str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     other = build(lines="LABEL midog-lora.ensemble=weights/gone org.grand-challenge.api-method=exec\n")
-    command_line.build("docker", other)  # newer than all sources: left alone
+    images.build("docker", other)  # newer than all sources: left alone
     with pytest.raises(RuntimeError, match=r"build\.sh"):
-        command_line.build("docker", other, "invoke")
+        images.build("docker", other, "invoke")
     assert "no weights/gone/ensemble.json" in capfd.readouterr().err
 
 
