@@ -211,6 +211,15 @@ def test_a_rebuild_keeps_the_ensemble_of_the_image(
     assert "no weights/gone/ensemble.json" in capfd.readouterr().err
 
 
+def test_an_image_is_judged_alike_from_the_engine_and_from_a_file(tmp_path: Path) -> None:
+    if engines.inspect(BASE) is None:
+        pytest.skip(f"no image {BASE} (test/engine.sh start)")
+    assert docker("save", "--output", tmp_path / "base.tar", BASE).returncode == 0
+    saved = [finding for finding in check_file(tmp_path / "base.tar") if "GB" not in finding.message]
+    assert images.check(BASE) == saved[2:]  # after the number of members, and the digest
+    assert "runs as root" in messages(saved)
+
+
 @pytest.mark.skipif(engines.inspect(IMAGE) is None, reason=f"no image {IMAGE} (./build.sh)")
 @pytest.mark.parametrize("options", [[], ["--strict", "--shm-size", "1g"]])
 def test_the_real_image_passes_everything(
