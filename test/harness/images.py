@@ -22,7 +22,8 @@ for folder, names, others in os.walk("/"):
         about = os.lstat(path)
         link = os.readlink(path) if os.path.islink(path) else ""
         files.append((path[1:], about.st_mode, about.st_uid, about.st_size, link))
-print(json.dumps([files, open("/etc/passwd", errors="replace").read() if os.path.exists("/etc/passwd") else ""]))
+names = [name for name in ("etc/passwd", "etc/group") if os.path.isfile("/" + name)]
+print(json.dumps([files, {name: open("/" + name, errors="replace").read() for name in names}]))
 """
 TYPES = {stat.S_IFREG: tarfile.REGTYPE, stat.S_IFDIR: tarfile.DIRTYPE, stat.S_IFLNK: tarfile.SYMTYPE}
 
@@ -69,14 +70,14 @@ def check(image: str) -> list[Check]:
 
 
 def list_files(image: str) -> Layer:
-    """All files of an image, and its passwd, as one layer. RuntimeError where they cannot be listed."""
+    """All files of an image, and its passwd and group, as one layer. RuntimeError where they cannot be listed."""
     command = [engines.docker() or "docker", "run", "--rm", "--network", "none", "--user", "0"]
     done = subprocess.run([*command, "--entrypoint", "python3", image, "-c", LIST], capture_output=True, text=True)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise RuntimeError(f"cannot list the files of {image} ({said}); the harness needs a python3 in it")
-    files, passwd = json.loads(done.stdout)
-    root = Layer(texts={"etc/passwd": passwd})
+    files, texts = json.loads(done.stdout)
+    root = Layer(texts=texts)
     for path, mode, owner, size, link in files:
         entry = root.files[path] = tarfile.TarInfo(path)
         entry.type, entry.mode = TYPES.get(stat.S_IFMT(mode), tarfile.FIFOTYPE), stat.S_IMODE(mode)

@@ -109,7 +109,10 @@ def check_user(user: str, root: Layer) -> Check:
         return Check("FAIL", f"the container runs as root (USER is {user!r})", fix)
     if not USER.fullmatch(user):
         return Check("FAIL", f"USER {user!r} is neither a name nor a number, optionally with :group", fix)
-    name = user.split(":")[0]
+    name, _, group = user.partition(":")
+    groups = {line.split(":")[0] for line in root.texts.get("etc/group", "").splitlines()}
+    if group and not group.isdigit() and group not in groups:
+        return Check("FAIL", f"group {group} is not in the image's /etc/group: the job cannot start", fix)
     lines = [line.split(":") for line in root.texts.get("etc/passwd", "").splitlines() if line.count(":") == 6]
     line = next((line for line in lines if line[0] == name or (name.isdigit() and line[2] == name)), None)
     if line is None and name.isdigit():
