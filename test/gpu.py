@@ -28,7 +28,7 @@ ALLOWED = {"fp32": 1e-3, "bf16": 0.5, "fp16": 0.1}  # of a miniature's logits, w
 MEMORY = 16 << 30  # bytes that the platform's GPU has
 
 
-def compare(backbone: str, crops: list[np.ndarray]) -> bool:
+def compare(backbone: str, crops: list[np.ndarray], device: str = "cuda") -> bool:
     """One row: the largest difference of logits from fp32 on the CPU, in each precision."""
     row, cells, well = BACKBONES[backbone], [], True
     with tempfile.TemporaryDirectory() as folder:
@@ -38,7 +38,7 @@ def compare(backbone: str, crops: list[np.ndarray]) -> bool:
             if precision == "fp16" and not row.fp16_safe:
                 cells.append(f"{'-':>9}")
                 continue
-            found = Ensemble.load(Path(folder), "cuda", precision).predict(crops).logits[0]
+            found = Ensemble.load(Path(folder), device, precision).predict(crops).logits[0]
             worst = float(np.abs(found - expected).max())
             well &= worst <= allowed
             cells.append(f"{worst:9.5f}")
@@ -58,6 +58,7 @@ def bundled() -> bool:
         code = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode
         cold = time.perf_counter() - start
     crops = read_stack(STACK)
+    torch.cuda.reset_peak_memory_stats()  # of the backbones before
     ensemble = Ensemble.load(ROOT / "weights" / "default", "cuda")
     ensemble.predict(crops)
     start = time.perf_counter()

@@ -104,6 +104,11 @@ def known_files(output: Path, settings: dict[str, object]) -> dict[str, str]:
     return files
 
 
+def keep_settings(output: Path, settings: dict[str, object], files: dict[str, str]) -> None:
+    """What `known_files` reads in a later run. OSError where it cannot be written."""
+    write_whole(output / SETTINGS, json.dumps(settings | {"files": files}, ensure_ascii=False))
+
+
 def is_there(file: Path) -> bool:
     try:
         return file.stat().st_size > 0  # a computer that lost its power may leave an empty file
@@ -142,9 +147,7 @@ class Run:
         """All crops of one slide that are not there yet. UserError where the slide cannot be read."""
         if self.files.setdefault(name, identity(file)) != identity(file):
             raise UserError("it changed since crops of it were cut; expected the same slide; name another folder")
-        write_whole(
-            self.options.output / SETTINGS, json.dumps(self.settings | {"files": self.files}, ensure_ascii=False)
-        )
+        keep_settings(self.options.output, self.settings, self.files)
         missing = [detection for detection in detections if not is_there(self.options.output / detection.path)]
         self.done.update(set(detections).difference(missing))
         if not missing:

@@ -28,6 +28,8 @@ NAMES = (
     "adapter-tensors",
     "tables",
     "detections",
+    "objects",
+    "crops",
     "shards",
     "requests",
 )

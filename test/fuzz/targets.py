@@ -28,6 +28,8 @@ import numpy as np
 
 from inference.adapters import read_adapter
 from inference.errors import UserError
+from inference.manifest import load_manifest
+from test.support.detection_files import MAKERS
 from test.support.image_files import bad_files, good_files, metaimage, stack, with_pillow
 from test.support.stub import LISTING, captured, check_ended, make_input, run_job, stub_manifest
 
@@ -61,16 +63,18 @@ def inputs(content: bytes) -> None:
 
 def manifest(content: bytes) -> None:
     """A job whose ensemble.json holds these bytes."""
-    (workplace() / "ensemble/ensemble.json").write_bytes(content)
-    end(make_input(workplace() / "listing", small_stack()))
+    folder = workplace() / "altered"  # of its own: the other targets need a whole one
+    stub_manifest(folder)
+    (folder / "ensemble.json").write_bytes(content)
+    end(make_input(workplace() / "listing", small_stack()), folder)
 
 
-def end(input_dir: Path) -> None:
+def end(input_dir: Path, weights: Path | None = None) -> None:
     output = workplace() / "output"
     for file in output.iterdir():
         file.unlink()
     start = time.process_time()
-    check_ended(run_job(input_dir, output, workplace() / "ensemble"))
+    check_ended(run_job(input_dir, output, weights or workplace() / "ensemble"))
     assert time.process_time() - start < SLOWEST
 
 
@@ -163,6 +167,45 @@ def detections(content: bytes) -> None:
     user_error(read)
 
 
+def objects(content: bytes) -> None:
+    """A file with objects of a slide, of whatever program: those with a centre go back to QuPath with an answer."""
+    from inference.answers import Answer
+    from inference.slides.qupath import collection, with_answer
+    from inference.slides.targets import collect
+
+    file = workplace() / "found.geojson"
+    file.write_bytes(content)
+    about = load_manifest(workplace() / "ensemble")
+    with contextlib.suppress(UserError):
+        found = collect([file], Path("slide.svs"), None, (), "region", lambda name, reason: None)
+        targets = [target for some in found.slides.values() for target in some]
+        assert all(abs(target.x) < 1e9 and abs(target.y) < 1e9 for target in targets)
+        answered = [with_answer(target.feature, Answer("a", 0, 0.5, (0.5,)), about) for target in targets]
+        assert len(json.loads("".join(collection(answered, about)))["features"]) == len(targets)
+
+
+def crop_settings(content: bytes) -> None:
+    """crops.json in the folder of an earlier run: what it says is kept as it is, or the folder is refused."""
+    from inference.slides.command import SETTINGS, claimed, keep_settings
+
+    folder, settings = workplace() / "crops", crops_like()
+    folder.mkdir(exist_ok=True)
+    (folder / SETTINGS).write_bytes(content)
+
+    def read() -> None:
+        with claimed(folder, settings) as files:
+            keep_settings(folder, settings, files)
+        with claimed(folder, settings) as again:
+            assert again == files
+
+    user_error(read)
+
+
+def crops_like() -> dict[str, object]:
+    """The settings of a run, as in crops.json."""
+    return {"side": 128, "mpp": 0.25, "slide_mpp": 0.5, "slides": "/slides"}
+
+
 def shard(content: bytes) -> None:
     """A tar of crops: its records are read, or it is refused as shards are."""
     from inference.cluster.records import read_tar
@@ -175,6 +218,16 @@ def shard(content: bytes) -> None:
             assert len(records) == len(metadata)
             for record in records:
                 user_error(record.read)
+
+
+@cache
+def object_files() -> dict[str, bytes]:
+    """A file of each format, with two objects."""
+    files = {}
+    for name, make in MAKERS.items():
+        make(workplace() / name, [(700.0, 301.0), (20.5, 30.0)])
+        files[name] = (workplace() / name).read_bytes()
+    return files
 
 
 @cache
@@ -255,6 +308,41 @@ class Target:
 
 
 JSON = ("null", "true", "NaN", "-1", "1e999", '\\"', "[", "{", "}", "]", ":", ",", "\\\\u0000", "\\\\ud800")
+OBJECTS = (
+    "type",
+    "FeatureCollection",
+    "Feature",
+    "features",
+    "geometry",
+    "coordinates",
+    "Point",
+    "MultiPoint",
+    "Polygon",
+    "MultiPolygon",
+    "properties",
+    "classification",
+    "name",
+    "names",
+    "measurements",
+    "metadata",
+    "id",
+    "region",
+    "cells",
+    "wsi_metadata",
+    "centroid",
+    "contour",
+    "type_map",
+    "nuc",
+    "mag",
+    "images",
+    "annotations",
+    "categories",
+    "bbox",
+    "image_id",
+    "category_id",
+    "types",
+    "slide,x,y",
+)
 HEADER = tuple(line.split(" =")[0] for line in metaimage(stack(), 3).split(b"LOCAL")[0].decode().splitlines())
 TARGETS = {
     "tiff": Target(lambda b: job(b, "stack.tiff"), seeds(".tif", ".tiff"), mutate=mutate_tiff),
@@ -301,6 +389,19 @@ TARGETS = {
         detections,
         lambda: {"right": b"slide,x,y,score\na.svs,1.5,2,0.9\n../b.svs,-3,4e3,\n"},
         ("slide", "..", "/", "nan", "1e999", '\\"', ","),
+    ),
+    "objects": Target(
+        objects,
+        lambda: {name: content for name, content in object_files().items() if len(content) <= LARGEST},
+        (*JSON, *OBJECTS),
+    ),
+    "crops": Target(
+        crop_settings,
+        lambda: {
+            "right": json.dumps(crops_like() | {"files": {"a.svs": "9-1-ff"}}).encode(),
+            "unused": json.dumps(crops_like() | {"slide_mpp": None, "files": {}}).encode(),
+        },
+        (*JSON, *crops_like(), "files"),
     ),
     "shards": Target(shard, lambda: {"right": small_tar()}, ("ustar", "a.key", "._a.png", "\\x00")),
     "requests": Target(

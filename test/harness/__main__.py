@@ -7,16 +7,14 @@ import contextlib
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections import Counter
-from datetime import datetime
 from pathlib import Path
 from random import Random
 
 from inference.checks import Check, passed
-from test.harness import engines, environments, layout, page, readout, report, s3, sagemaker, served
+from test.harness import engines, environments, images, layout, page, readout, report, s3, sagemaker, served
 
 ROOT = engines.ROOT
 SAMPLE = ROOT / "test/sample"
@@ -37,43 +35,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--shim", action="store_true", help="with the platform's own entry shim and image reader; needs docker")
     add("--no-build", action="store_true", help="run what is there, stale or not")
     add("--strict", action="store_true", help="read-only root, no capabilities, no new privileges, 256 processes")
-    add("--gpus", choices=("auto", "all", "none"), default="auto", help="default: what the host has")
+    add("--gpus", choices=("auto", "all", "none"), default="auto", help="auto: one, with a T4's memory")
     add("--memory", type=int, default=16, metavar="GIB", help="of the machine; data memory is 1 GiB less")
     add("--shm-size", default="8g", help="the organisers' own re-run gave 1g")
     add("--time-limit", type=float, default=300, metavar="SECONDS", help="a phase may set 300 and more")
     add("--inputs-json", choices=(*layout.VARIANTS, "rotate"), default="rotate", help="form of inputs.json")
     add("--seed", type=int, default=0, help="of the random file names")
     return parser.parse_args(arguments)
-
-
-def build(engine: str, image: str, api: str | None = None) -> None:
-    """Calls build.sh where something is missing, older than its sources, or labelled otherwise than `api`.
-
-    An image that was built with another ensemble keeps it. Raises: RuntimeError when it fails.
-    """
-    command = [str(ROOT / "build.sh"), "--engine", engine]
-    if engine == "docker":
-        about, ensemble = engines.inspect(image), bundled(image)
-        sources = [ROOT / name for name in ("Dockerfile", "requirements.txt", "inference", ensemble)]
-        files = [
-            file for source in sources for file in [source, *source.rglob("*.*")] if "__pycache__" not in file.parts
-        ]
-        newest = max((file.stat().st_mtime for file in files if file.is_file()), default=0)
-        if about and datetime.fromisoformat(about["Created"][:19] + "+00:00").timestamp() > newest:
-            if api in (None, served.api_method(image)):
-                return
-            print(f"{image} is labelled {served.api_method(image)}: building it for {api}", flush=True)
-        command += ["--ensemble", ensemble, *(["--api", api] if api else [])]
-    # natively build.sh itself knows what is installed, and says nothing new when all is
-    done = subprocess.run(command, env=os.environ | {"IMAGE": image})
-    if done.returncode:
-        raise RuntimeError(f"build.sh --engine {engine} failed; its message stands above")
-
-
-def bundled(image: str) -> str:
-    """The folder, below this one, of the ensemble that build.sh put into `image`, or would put there."""
-    labels = (engines.inspect(image) or {}).get("Config", {}).get("Labels") or {}
-    return labels.get("midog-lora.ensemble", "weights/default")
 
 
 def start_again(arguments: list[str] | None) -> None:
@@ -92,11 +60,15 @@ def start_again(arguments: list[str] | None) -> None:
 
 
 def run_stacks(
-    stacks: list[tuple[int, Path]], options: argparse.Namespace, limits: engines.Limits, bucket: s3.Bucket | None
+    stacks: list[tuple[int, Path]],
+    options: argparse.Namespace,
+    limits: engines.Limits,
+    bucket: s3.Bucket | None,
+    details: bool = True,
 ) -> list[report.Result]:
     """Runs stacks, each with its number, in one fresh container (or natively); keeps answers and logs.
 
-    More than one is for a server: options.api is "invoke" then.
+    More than one is for a server: options.api is "invoke" then. details: as in `engines.run_docker`.
     """
     with tempfile.TemporaryDirectory(prefix="harness-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
@@ -113,7 +85,7 @@ def run_stacks(
         elif options.api == "invoke":
             runs = served.run_native(folder, pks, options.weights, limits)
         elif options.engine == "docker":
-            runs = [engines.run_docker(options.image, folder / "0", pks[0], options.weights, limits)]
+            runs = [engines.run_docker(options.image, folder / "0", pks[0], options.weights, limits, details)]
         else:
             runs = [engines.run_native(folder / "0", pks[0], options.weights, limits)]
         results = []
@@ -122,6 +94,15 @@ def run_stacks(
             keep(folder / str(place), run, options.output / options.names[stack] if options.many else options.output)
             results.append(report.Result(stack, pages[place], run, answers, findings))
     return results
+
+
+def start_exactly(first: tuple[int, Path], options: argparse.Namespace, limits: engines.Limits) -> list[Check]:
+    """The image's own command on the first stack, as the platform starts it: later jobs get --details as well."""
+    if options.api != "exec":
+        return []  # a server never gets it
+    [result] = run_stacks([first], options, limits, None, details=False)
+    exactly = Check("PASS", f"the image's own command, with nothing added, answers {first[1].name}")
+    return [exactly] if result.passed else result.findings
 
 
 def keep(folder: Path, run: engines.Run, target: Path) -> None:
@@ -198,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
             if path is not None and not path.exists():
                 raise FileNotFoundError(f"{path} does not exist")
         if not (options.no_build or options.image):
-            build(options.engine, OUR_IMAGE, options.api)
+            images.build(options.engine, OUR_IMAGE, options.api)
         start_again(arguments)
         options.image = options.image or OUR_IMAGE
         options.api = choose_api(options)
@@ -215,12 +196,13 @@ def main(arguments: list[str] | None = None) -> int:
     numbered = list(enumerate(stacks))
     batches = [numbered] if options.api == "invoke" else [[entry] for entry in numbered]
     results: list[report.Result] = []
-    uploads: list[Check] = []
+    before: list[Check] = []
     try:
+        if options.engine == "docker":
+            before = images.check(options.image)
+            before += sagemaker.check_upload(stacks) if options.shim else start_exactly(numbered[0], options, limits)
+            print(*before, sep="\n", flush=True)
         with s3.s3_server() if options.shim else contextlib.nullcontext() as bucket:
-            if options.shim:
-                uploads = sagemaker.check_upload(stacks)
-                print(*uploads, sep="\n")
             if options.many:
                 report.print_header()
             for batch in batches:
@@ -230,12 +212,12 @@ def main(arguments: list[str] | None = None) -> int:
     except (RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    good = all(result.passed for result in results) and passed(uploads)
+    good = all(result.passed for result in results) and passed(before)
     if options.truth:
         findings = score(results, options.truth, options.output)
         print(*findings, sep="\n", end="\n" if findings else "")
         good = good and passed(findings)
-    ensemble = options.weights or (ROOT / bundled(OUR_IMAGE) if options.image == OUR_IMAGE else None)
+    ensemble = options.weights or (ROOT / images.bundled(OUR_IMAGE) if options.image == OUR_IMAGE else None)
     said = page.write_page(results, options.truth, ensemble, options.output / "report.html")
     passes = sum(result.passed for result in results)
     where = os.path.relpath(options.output)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from inference.checks import docker
+from test.harness import gpus
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIM = Path(__file__).with_name("shim.py")
@@ -65,19 +66,20 @@ def inspect(image: str) -> dict[str, Any] | None:
     return json.loads(answer.stdout)[0] if answer and answer.returncode == 0 else None
 
 
-def run_docker(image: str, folder: Path, pk: str, weights: Path | None, limits: Limits) -> Run:
+def run_docker(image: str, folder: Path, pk: str, weights: Path | None, limits: Limits, details: bool = True) -> Run:
     """Runs the image's command on folder/input in a fresh container without network.
 
     Args:
         image: tag; its ENTRYPOINT, CMD, USER and WORKDIR are handed to the shim, which runs as root in its place.
         folder: the job's folder with input/; receives output/, the logs and result.json.
         weights: None, or what appears at /opt/ml/model: an ensemble folder (copied) or a model tarball (unpacked).
+        details: ask a job of ours for details; without, the command is exactly the image's, as on the platform.
     Raises: RuntimeError when the image is missing or has no command.
     """
     job = describe_image(image, limits)
-    details = "/tmp/details.json" if job["command"][-2:] == OURS else None
-    job["command"] += ["--details", details] if details else []
-    job |= {"input_source": f"/opt/ml/input/data/{pk}-input", "details": details}
+    file = "/tmp/details.json" if details and job["command"][-2:] == OURS else None
+    job["command"] += ["--details", file] if file else []
+    job |= {"input_source": f"/opt/ml/input/data/{pk}-input", "details": file}
     return collect(folder, *run_container(image, folder, job, weights, limits))
 
 
@@ -130,9 +132,7 @@ def limit_options(limits: Limits) -> list[str]:
     """Options of `docker run` for the machine: memory, shared memory, processors, GPUs."""
     options = ["--memory", f"{limits.memory_gib}g", "--memory-swap", f"{limits.memory_gib}g", "--shm-size", limits.shm]
     options += ["--cpus", str(min(limits.cpus, os.cpu_count() or 1))]
-    if limits.gpus == "all" or (limits.gpus == "auto" and has_gpus()):
-        options += ["--gpus", "all" if limits.gpus == "all" else "1"]  # the platform's machines have one
-    return options
+    return options + gpus.container_options(limits.gpus)
 
 
 def docker_run(
@@ -198,9 +198,8 @@ def run_natively(
     (folder / "job.json").write_text(json.dumps(job))
     names = ("PATH", "LD_LIBRARY_PATH", "LANG", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
     keep = {k: v for k, v in os.environ.items() if k in names}
+    keep |= gpus.visible(limits.gpus, keep.get("CUDA_VISIBLE_DEVICES"))
     keep |= {"HOME": str(folder / "root/home"), "TMPDIR": job["tmp"], "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
-    if limits.gpus == "none":
-        keep["CUDA_VISIBLE_DEVICES"] = ""
     start = time.monotonic()
     ended = subprocess.run([*prefix, sys.executable, script, folder / "job.json"], env=keep, capture_output=True)
     return time.monotonic() - start, ended.returncode, ended.stderr.decode(errors="replace").strip()
@@ -208,7 +207,7 @@ def run_natively(
 
 def describe(command: list[str], cwd: str, limits: Limits) -> dict[str, Any]:
     """The part of job.json that both engines share; shim.py's code tells what each key does."""
-    env, data = dict(PLATFORM_ENV), limits.data_bytes
+    env, data = PLATFORM_ENV | gpus.environment(limits.gpus), limits.data_bytes
     return {"command": command, "cwd": cwd, "env": env, "data_limit": data, "time_limit": limits.seconds}
 
 
@@ -231,14 +230,6 @@ def collect(folder: Path, wall_seconds: float, code: int, message: str) -> Run:
 
 def read_log(path: Path) -> bytes:
     return path.read_bytes() if path.exists() else b""
-
-
-@cache
-def has_gpus() -> bool:
-    """True when the engine can hand GPUs to a container."""
-    answer = subprocess.run([docker() or "docker", "info", "--format", "{{json .}}"], capture_output=True)
-    about = json.loads(answer.stdout or b"{}")
-    return "nvidia" in str(about.get("Runtimes")) + str(about.get("DiscoveredDevices"))
 
 
 @cache

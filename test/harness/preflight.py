@@ -81,11 +81,15 @@ def check_image(image: SavedImage) -> list[Check]:
     if len(digest) != 64:
         return [Check("FAIL", f"{name!r} does not have a valid sha256 hash", SAVE)]
     findings = [Check("PASS", f"one image, config {digest[:12]} (each upload needs a digest that is new)")]
-    settings = config.get("config") or {}
     root = image.root(manifest[0].get("Layers", []))
-    findings.append(check_user(str(settings.get("User", "")), root))
-    if config.get("architecture") != "amd64":
-        message = f"architecture {config.get('architecture')} is not supported"
+    return findings + check_content(config.get("architecture"), config.get("config") or {}, root)
+
+
+def check_content(architecture: object, settings: dict[str, Any], root: Layer) -> list[Check]:
+    """What a saved image and one that an engine holds have in common: settings as in the Dockerfile, and files."""
+    findings = [check_user(str(settings.get("User", "")), root)]
+    if architecture != "amd64":
+        message = f"architecture {architecture} is not supported"
         findings.append(Check("FAIL", message, "docker build --platform=linux/amd64"))
     else:
         findings.append(Check("PASS", "architecture amd64"))
@@ -105,7 +109,10 @@ def check_user(user: str, root: Layer) -> Check:
         return Check("FAIL", f"the container runs as root (USER is {user!r})", fix)
     if not USER.fullmatch(user):
         return Check("FAIL", f"USER {user!r} is neither a name nor a number, optionally with :group", fix)
-    name = user.split(":")[0]
+    name, _, group = user.partition(":")
+    groups = {line.split(":")[0] for line in root.texts.get("etc/group", "").splitlines()}
+    if group and not group.isdigit() and group not in groups:
+        return Check("FAIL", f"group {group} is not in the image's /etc/group: the job cannot start", fix)
     lines = [line.split(":") for line in root.texts.get("etc/passwd", "").splitlines() if line.count(":") == 6]
     line = next((line for line in lines if line[0] == name or (name.isdigit() and line[2] == name)), None)
     if line is None and name.isdigit():

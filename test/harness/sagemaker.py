@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from inference.checks import Check
-from test.harness import engines, environments, layout
+from test.harness import engines, environments, gpus, layout
 from test.harness.s3 import BUCKET, HOME, Bucket
 
 PACKAGES = HOME / "lib/python3.11/site-packages"
@@ -68,7 +68,8 @@ def run(
     }
     if weights is not None:
         component["MODEL"] = bucket.put(f"{prefix}/model.tar.gz", model_tarball(weights, folder))
-    env = {f"GRAND_CHALLENGE_COMPONENT_{key}": value for key, value in component.items()} | engines.PLATFORM_ENV
+    env = {f"GRAND_CHALLENGE_COMPONENT_{key}": value for key, value in component.items()}
+    env |= engines.PLATFORM_ENV | gpus.environment(limits.gpus)
     env |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "eu-central-1"}
     env |= {"AWS_S3_ENDPOINT_URL": bucket.url, "PYTHONCOERCECLOCALE": "0"}
     image_env = dict(line.split("=", 1) for line in config.get("Env") or [])

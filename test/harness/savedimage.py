@@ -51,7 +51,8 @@ class SavedImage:
             root.files |= {
                 path: m for path, m in layer.files.items() if not posixpath.basename(path).startswith(".wh.")
             }
-            root.texts |= layer.texts
+            texts = root.texts | layer.texts
+            root.texts = {path: text for path, text in texts.items() if path in root.files}  # a whiteout takes it along
         return root
 
 

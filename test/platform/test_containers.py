@@ -14,7 +14,7 @@ import pytest
 
 from inference.checks import Check, passed
 from test.harness import __main__ as command_line
-from test.harness import engines, layout, readout
+from test.harness import engines, images, layout, readout
 from test.harness.preflight import check_file
 from test.support.programs import make_stack, messages
 
@@ -205,10 +205,19 @@ def test_a_rebuild_keeps_the_ensemble_of_the_image(
     build: Callable[..., str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     other = build(lines="LABEL midog-lora.ensemble=weights/gone org.grand-challenge.api-method=exec\n")
-    command_line.build("docker", other)  # newer than all sources: left alone
+    images.build("docker", other)  # newer than all sources: left alone
     with pytest.raises(RuntimeError, match=r"build\.sh"):
-        command_line.build("docker", other, "invoke")
+        images.build("docker", other, "invoke")
     assert "no weights/gone/ensemble.json" in capfd.readouterr().err
+
+
+def test_an_image_is_judged_alike_from_the_engine_and_from_a_file(tmp_path: Path) -> None:
+    if engines.inspect(BASE) is None:
+        pytest.skip(f"no image {BASE} (test/engine.sh start)")
+    assert docker("save", "--output", tmp_path / "base.tar", BASE).returncode == 0
+    saved = [finding for finding in check_file(tmp_path / "base.tar") if "GB" not in finding.message]
+    assert images.check(BASE) == saved[2:]  # after the number of members, and the digest
+    assert "runs as root" in messages(saved)
 
 
 @pytest.mark.skipif(engines.inspect(IMAGE) is None, reason=f"no image {IMAGE} (./build.sh)")

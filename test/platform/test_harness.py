@@ -15,7 +15,7 @@ from PIL import Image
 
 from inference.checks import passed
 from test.harness import __main__ as command_line
-from test.harness import engines, layout, readout
+from test.harness import engines, images, layout, readout
 from test.harness.layout import ANSWER
 from test.support.programs import GOOD, WRITE, make_stack, messages, run_program
 
@@ -208,11 +208,11 @@ def test_missing_and_stale_images_are_built(monkeypatch: pytest.MonkeyPatch, tmp
 
     monkeypatch.setattr(subprocess, "run", build)
     for tag in ("old", "new", "missing"):
-        command_line.build("docker", tag)
+        images.build("docker", tag)
     ours = ["--engine", "docker", "--ensemble", "weights/default"]
     assert calls == [[*ours, "old"], [*ours, "missing"]]
     with pytest.raises(RuntimeError, match=r"build\.sh --engine docker failed"):
-        command_line.build("docker", "broken")
+        images.build("docker", "broken")
 
 
 def test_run_local_prefers_this_repository_to_the_standard_library(tmp_path: Path) -> None:
