@@ -24,7 +24,7 @@ from pyarrow import fs
 from inference.errors import UserError
 from test.harness import s3, sagemaker
 from test.support import commands
-from test.support.miniature import make_ensemble
+from test.support.miniature import make_ensemble, make_members
 from test.support.processes import interruptible, until
 from test.support.ray_cluster import cluster
 from test.support.shard_files import CROPS, arguments, run, write_folder, write_parquet, write_tar
@@ -132,6 +132,28 @@ def test_every_format_gets_the_answers_of_the_local_command(answered, miniature,
     assert list(in_parquet.path) == [f"{data}/a.parquet#{n}" for n in range(CROPS)]
     assert list(in_parquet.slide) == [f"slide {n % 4}" for n in range(CROPS)]
     assert len(finished(output)) == 3 + 1 + 3 + 3  # the tar stays whole
+
+
+def test_members_get_the_answers_and_the_columns_of_the_local_command(address, blobs, tmp_path) -> None:
+    """Two members with bases, crops and views of their own."""
+    weights = tmp_path / "two"
+    weights.mkdir()
+    members = {
+        "lite": {"backbone": "efficientnet-lite0", "folds": 2, "tta": "rot4", "preprocess": {"crop": 32}},
+        "dino": {"backbone": "dinov2-vits14", "folds": 1, "preprocess": {"crop": None, "size": 56}},
+    }
+    make_members(weights, members, weights=[0.25, 0.75], temperature=1.7, threshold=0.45)
+    crops = write_folder(tmp_path / "crops", blobs[:10])
+    where = ["--weights", weights, "--device", "cpu", "--precision", "fp32"]
+    assert commands.inference("score", crops, "--csv", tmp_path / "local.csv", *where) == 0
+    with (tmp_path / "local.csv").open() as stream:
+        wanted = list(csv.DictReader(stream))
+    assert run(address, weights, tmp_path / "out", crops, "--shard", 4) == 0
+    found = read(tmp_path / "out")
+    assert list(found) == list(wanted[0]) and len(found) == 10
+    for column in ("p_atypical", "lite_p", "dino_p", "lite_fold_0", "lite_fold_1", "dino_fold_0", "spread"):
+        np.testing.assert_allclose(found[column], [float(row[column]) for row in wanted], atol=1e-6, err_msg=column)
+    assert list(found["class"]) == [row["class"] for row in wanted]
 
 
 def test_a_rerun_computes_nothing_again(answered, miniature, tmp_path, capsys) -> None:

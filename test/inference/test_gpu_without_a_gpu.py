@@ -1,4 +1,4 @@
-"""The CUDA paths on fake tensors, which check devices, dtypes and shapes and compute nothing; CUDA's errors.
+"""A job's CUDA paths on fake tensors, which check devices, dtypes and shapes and compute nothing; CUDA's errors.
 
 On a machine with a GPU, test/run_gpu.sh compares real answers.
 """
@@ -21,20 +21,11 @@ from inference.device import choose_device
 from inference.ensemble import Ensemble, Member
 from inference.errors import UserError
 from inference.report.attribution import attribute
-from test.support.miniature import make_ensemble, overrides
+from test.support.fake_gpu import fake_gpu, really
+from test.support.miniature import make_ensemble
 
 CROPS = list(np.random.default_rng(0).integers(0, 256, (2, 40, 40, 3), np.uint8))
 CASES = [(name, pool) for name in BACKBONES for pool in (("avg",) if "lite" in name else POOLS)]
-
-
-def really(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` outside the fake mode: files hold real tensors."""
-
-    def call(*arguments: Any) -> Any:
-        with unset_fake_temporarily():
-            return function(*arguments)
-
-    return call
 
 
 class FakeFile:
@@ -69,14 +60,12 @@ def fake_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A GPU that PyTorch believes in; its tensors have a device, a dtype and a shape, and no values."""
-    # torch.cuda.is_available stays False: fake tensors would start a real context
+    """The fake GPU, with what an ensemble's files hold as fake tensors."""
     monkeypatch.setattr("inference.ensemble.choose_device", torch.device)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
     monkeypatch.setattr(adapters, "open_safetensors", FakeFile)
     monkeypatch.setattr(adapters, "_read_tensors", fake_adapter)
     monkeypatch.setattr(FakeTensor, "numpy", fake_numpy, raising=False)
-    with FakeTensorMode(allow_non_fake_inputs=True) as FakeFile.mode:
+    with fake_gpu() as FakeFile.mode:
         yield
 
 
@@ -120,37 +109,6 @@ def test_attribute(backbone: str, made: Any, gpu: None, monkeypatch: pytest.Monk
     assert attribute(ensemble, CROPS[0]).values.shape == (24, 24)
 
 
-def to_fake_gpu(model: torch.nn.Module) -> torch.nn.Module:
-    """As model.to("cuda"), which cannot exchange a real parameter for a fake one."""
-    for module in model.modules():
-        for name, value in module._parameters.items():
-            if value is not None:
-                module._parameters[name] = torch.nn.Parameter(
-                    FakeFile.mode.from_tensor(value.detach()).to("cuda"), value.requires_grad
-                )
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else FakeFile.mode.from_tensor(buffer).to("cuda")
-    return model
-
-
-@pytest.mark.parametrize(("backbone", "pool"), CASES)
-def test_a_training_steps_forward_pass(backbone: str, pool: str, gpu: None) -> None:
-    """PEFT's model on the GPU under autocast, and the loss. Autograd's engine needs a real GPU: test/run_gpu.sh."""
-    from training.lora import freeze_statistics, lora_model
-    from training.losses import focal
-
-    row = BACKBONES[backbone]
-    for targets in row.targets if pool == row.pool else list(row.targets)[-1:]:
-        with unset_fake_temporarily():
-            model = lora_model(backbone, None, 4, 8.0, 0.1, targets, pool, **overrides(backbone))
-        freeze_statistics(to_fake_gpu(model))
-        with torch.autocast("cuda", torch.bfloat16):
-            out = model(torch.zeros(2, 3, row.size, row.size, device="cuda")).float().flatten()
-        ones = torch.ones(2, device="cuda")
-        loss = focal(out, ones, ones, 2.0)
-        assert loss.requires_grad and (loss.device.type, loss.dtype) == ("cuda", torch.float32)
-
-
 @pytest.mark.parametrize("planted", ["batch", "weights"])
 def test_a_mixed_device_is_found(planted: str, made: Any, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: what these tests are for does fail them."""
@@ -161,25 +119,6 @@ def test_a_mixed_device_is_found(planted: str, made: Any, gpu: None, monkeypatch
         monkeypatch.setattr(adapters.Weights, "_exact", lambda self, name: self._base.get_tensor(name).float())
     with pytest.raises(RuntimeError, match="device"):
         ensemble.predict(CROPS)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_a_training_step_on_a_real_gpu(backbone: str) -> None:
-    from training.lora import freeze_statistics, lora_model
-    from training.losses import focal
-
-    row = BACKBONES[backbone]
-    model = lora_model(backbone, None, 4, 8.0, 0.1, list(row.targets)[-1], **overrides(backbone)).to("cuda")
-    freeze_statistics(model)
-    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with torch.autocast("cuda", torch.bfloat16):
-        out = model(torch.rand(2, 3, row.size, row.size, device="cuda")).float().flatten()
-    ones = torch.ones(2, device="cuda")
-    focal(out, ones, ones, 2.0).backward()
-    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in learnt)
-    torch.optim.AdamW(learnt).step()
 
 
 OUT_OF_MEMORY = (

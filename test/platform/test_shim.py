@@ -16,7 +16,9 @@ from PIL import Image
 from test.harness import __main__ as command_line
 from test.harness import engines, layout, readout, s3, sagemaker, served
 from test.platform.test_containers import USER, WRITE, build  # noqa: F401  (build is a fixture)
+from test.support.miniature import make_members
 from test.support.programs import make_stack, messages
+from training.tarball import write_model_tarball
 
 ROOT = engines.ROOT
 IMAGE = os.environ.get("IMAGE", "midog-lora")
@@ -244,6 +246,30 @@ def test_the_real_image_answers_alike(tmp_path: Path, capsys: pytest.CaptureFixt
         answers.append((tmp_path / f"out{len(way)}" / layout.ANSWER).read_bytes())
     assert answers[0] == answers[1]
     assert "stack_0.tiff: accepted as an upload (128 x 128" in table
+
+
+@pytest.mark.skipif(engines.inspect(IMAGE) is None, reason=f"no image {IMAGE} (./build.sh)")
+def test_the_real_image_takes_a_tarball_of_two_members(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two bases, in our container and through the shim: the same bytes, and what a job outside of both answers."""
+    folder = tmp_path / "two"
+    folder.mkdir()
+    members = {
+        "lite": {"backbone": "efficientnet-lite0", "folds": 2, "tta": "rot4"},
+        "uni": {"backbone": "uni", "folds": 3, "preprocess": {"crop": None, "size": 112}},
+    }
+    make_members(folder, members, weights=[0.25, 0.75], temperature=1.7, threshold=0.45)
+    tarball = write_model_tarball(folder, tmp_path)
+    answers = []
+    for way in (("docker",), ("docker", "--shim"), ("native", "--no-build")):
+        output = tmp_path / f"out{len(answers)}"
+        image = ["--image", IMAGE] if way[0] == "docker" else []
+        options = ["--engine", way[0], *image, "--weights", str(tarball), "--output", str(output), *way[1:]]
+        assert command_line.main(options) == 0, capsys.readouterr().out
+        answers.append((output / layout.ANSWER).read_bytes())
+    assert answers[0] == answers[1]
+    inside, outside = ([page["confidence"] for page in json.loads(text)] for text in answers[1:])
+    assert inside == pytest.approx(outside, abs=1e-5)
+    assert max(inside) - min(inside) > 1e-3
 
 
 def test_uploads_are_judged_as_on_the_platform(tmp_path: Path) -> None:

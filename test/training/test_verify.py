@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import inference.models
-from test.support.miniature import make_ensemble
+from test.support.miniature import make_ensemble, make_members
 from test.support.published import shrink
 from test.support.tables import tiny_table
 from training.__main__ import main
@@ -39,6 +39,35 @@ def test_other_logits_fail_with_exit_code_1(tmp_path, monkeypatch, capsys):
     assert re.search(r"fold0: .* PASS\nfold1: .* FAIL\nfold2: .* PASS\n", printed.out)
     assert "FAIL, fold1's logits differ by 1.0e-03" in printed.err and printed.err.count("\n") == 1
     assert not printed.out.endswith("PASS\n")
+
+
+@pytest.mark.parametrize("off", [0.0, 1e-3])
+def test_every_fold_of_every_member_is_held_against_its_own_base(off, tmp_path, monkeypatch, capsys):
+    """Two members with bases, crops, views and pools of their own; then the second one's last fold is off."""
+    shrink(monkeypatch, "uni")
+    members = {
+        "lite": {"backbone": "efficientnet-lite0", "folds": 2, "tta": "rot4"},
+        "uni": {"backbone": "uni", "folds": 2, "pool": "token+avg", "preprocess": {"crop": 48, "size": 112}},
+    }
+    make_members(tmp_path, members, weights=[0.25, 0.75])
+    real = inference.models.logits
+    moved = torch.tensor([[0.0], [off]])
+    monkeypatch.setattr("inference.ensemble.logits", lambda *given: real(*given) + moved * bool(given[2].heads))
+    assert main(["verify", str(tmp_path), "--device", "cpu"]) == (1 if off else 0)
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert "efficientnet-lite0 with 2 folds + uni with 2 folds, 4 generated crops, fp32 on cpu" in lines[0]
+    ends = [re.fullmatch(r"(\S+): logits differ by at most \S+, allowed \S+: (\w+)", line) for line in lines[1:5]]
+    assert [end and end.groups() for end in ends] == [
+        ("lite-fold0", "PASS"),
+        ("lite-fold1", "PASS"),
+        ("uni-fold0", "PASS"),
+        ("uni-fold1", "FAIL" if off else "PASS"),
+    ]
+    if off:
+        assert "FAIL, uni-fold1's logits differ by 1.0e-03" in printed.err and printed.err.count("\n") == 1
+    else:
+        assert lines[-1] == "PASS" and not printed.err
 
 
 def test_not_a_number_fails(tmp_path, monkeypatch, capsys):
