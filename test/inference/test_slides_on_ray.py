@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
 from test.support import detection_files as files
@@ -23,30 +19,45 @@ from test.support.ray_cluster import cluster
 RESULTS = ["objects.csv", "slides.csv", "out/one.tif.geojson", "out/two.tif.geojson"]
 
 
+DYING = """
+import os, sys
+from inference.slides import cluster, journal
+from test.support import commands
+
+victim, *arguments = sys.argv[1:]
+add = journal.Journal.add
+
+class Worker(cluster.Worker):  # workers get it by value, with this program's text
+    def score(self, part):
+        if victim == "worker" and part.numbers[0] >= 512 and not os.path.exists(DIED):
+            open(DIED, "x").close()
+            os.kill(os.getpid(), 9)
+        return super().score(part)
+
+def add_and_die(self, answers):
+    add(self, answers)
+    if victim == "driver" and self.file.read_bytes().count(b"\\n") == 2:
+        os.kill(os.getpid(), 9)
+
+cluster.Worker, journal.Journal.add = Worker, add_and_die
+sys.exit(commands.inference("slides", *arguments))
+"""
+
+
 @pytest.fixture(scope="module")
-def ray() -> Iterator[tuple[str, int]]:
-    """Address of a cluster, and the process that all of it descends from."""
-    with cluster() as found:
+def address() -> Iterator[str]:
+    with cluster() as (found, _):
         yield found
 
 
-def start(folder: Path, weights: Path, inputs: Sequence[object], *more: object) -> subprocess.Popen[str]:
+def run(folder: Path, program: Sequence[str], weights: Path, *more: object) -> subprocess.CompletedProcess[str]:
     """In `folder`; every process computes in one thread, so that all add up numbers in the same order."""
     folder.mkdir(exist_ok=True)
     results = ["--csv", "objects.csv", "--output", "out", "--summary", "slides.csv", "--report", "page.html"]
     ensemble = ["--weights", weights, "--device", "cpu", "--precision", "fp32"]
-    command = [sys.executable, "-m", "inference", "slides", *inputs, *results, *ensemble, *more]
+    command = [sys.executable, *program, *more, *results, *ensemble]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
-    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([str(word) for word in command], cwd=folder, env=environment, **pipes)
-
-
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    limit = time.monotonic() + 600
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < limit
-        time.sleep(0.01)
+    return subprocess.run([str(word) for word in command], cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def page(folder: Path) -> str:
@@ -54,8 +65,7 @@ def page(folder: Path) -> str:
     return re.sub(r"cpu \([^)]*\)", "cpu", (folder / "page.html").read_text())
 
 
-def test_the_files_are_those_of_one_machine_though_workers_and_driver_are_killed(ray, miniature, tmp_path) -> None:
-    address, ancestor = ray
+def test_a_killed_driver_and_a_killed_worker_change_no_byte(address, miniature, tmp_path) -> None:
     rng = np.random.default_rng(0)
     for name, side in (("one.tif", 1300), ("two.tif", 600)):
         write_slide(tmp_path / name, [rng.integers(0, 200, (side, side, 3), dtype=np.uint8)])
@@ -65,39 +75,30 @@ def test_the_files_are_those_of_one_machine_though_workers_and_driver_are_killed
         files.qupath(tmp_path / "two.geojson", [(300, 300), (9000, 5), (300, 300), (100, 500)]),
         files.qupath(tmp_path / "three.geojson", [(1, 2)]),
     ]
-    alone = start(tmp_path / "alone", miniature, inputs)
-    _, expected = alone.communicate()
-    assert alone.returncode == 3 and "no slide called three" in expected
+    alone, shared, died = tmp_path / "alone", tmp_path / "shared", tmp_path / "died"
+    expected = run(alone, ["-m", "inference", "slides"], miniature, *inputs)
+    assert expected.returncode == 3 and "no slide called three" in expected.stderr
 
-    journal = tmp_path / "shared/.objects.csv.journal"
-    lines = lambda: journal.read_bytes().count(b"\n") if journal.exists() else 0  # noqa: E731
+    program = ["-c", DYING.replace("DIED", repr(str(died)))]
     options = [*inputs, "--ray", address, "--workers", 2]
-    killed = start(tmp_path / "shared", miniature, options)
-    wait_for(lines, killed)
-    killed.kill()
-    killed.communicate()
-    before = lines()
-    resumed = start(tmp_path / "shared", miniature, options)
-    wait_for(lambda: lines() > before, resumed)
-    workers = [one for one in psutil.Process(ancestor).children(recursive=True) if "Worker" in one.name()]
-    for victim in workers:
-        victim.send_signal(signal.SIGKILL)
-    out, errors = resumed.communicate()
-    assert workers and resumed.returncode == 3 and "of them known already" in out
-    assert sorted(errors.splitlines()) == sorted(expected.splitlines())
+    killed = run(shared, [*program, "driver"], miniature, *options)
+    assert killed.returncode == -9 and not (shared / "objects.csv").exists()
+    resumed = run(shared, [*program, "worker"], miniature, *options)
+    assert resumed.returncode == 3 and "256 of them known already" in resumed.stdout and died.exists(), resumed
+    assert sorted(resumed.stderr.splitlines()) == sorted(expected.stderr.splitlines())
     for name in RESULTS:
-        assert (tmp_path / "shared" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name
-    assert page(tmp_path / "shared") == page(tmp_path / "alone")
-    assert not journal.exists()
+        assert (shared / name).read_bytes() == (alone / name).read_bytes(), name
+    assert page(shared) == page(alone)
+    assert not list(shared.glob(".*"))
 
 
-def test_a_slide_that_workers_do_not_see_is_named_with_what_to_do(ray, miniature, tmp_path) -> None:
+def test_a_slide_that_workers_do_not_see_is_named_with_what_to_do(address, miniature, tmp_path) -> None:
     write_slide(tmp_path / "s.tif", [np.zeros((300, 300, 3), np.uint8)])
     detections = files.qupath(tmp_path / "s.geojson", [(150, 150), (160, 160)])
-    there = ["--slide", "/proc/self/cwd/s.tif", "--ray", ray[0]]  # another file in each process
-    out, errors = (run := start(tmp_path, miniature, [detections], *there)).communicate()
-    assert (run.returncode, out) == (1, "")
-    lost, last = errors.splitlines()
+    there = ["--slide", "/proc/self/cwd/s.tif", "--ray", address]  # another file in each process
+    done = run(tmp_path, ["-m", "inference", "slides"], miniature, detections, *there)
+    assert (done.returncode, done.stdout) == (1, "")
+    lost, last = done.stderr.splitlines()
     assert re.fullmatch(r"not scored: \S+/s\.tif \(2 detections\): \S+ does not read it \(.*No such file.*", lost)
     assert lost.endswith("expected slides on a file system that all nodes share; move them there")
     assert "none of 2 detections could be scored" in last
