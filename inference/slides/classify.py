@@ -125,7 +125,8 @@ def report(running: Run, found: Collected, seconds: float) -> None:
         )
     scored = sum(one.figures for one in running.summaries)
     known = f", {scored - running.new:,} of them known already" if scored > running.new else ""
-    print(f"{scored:,} of {found.total:,} detections on {len(running.summaries):,} slides{known}, {seconds:.1f} s")
+    slides = f"{len(running.summaries):,} slide{'s' * (len(running.summaries) != 1)}"
+    print(f"{scored:,} of {found.total:,} detections on {slides}{known}, {seconds:.1f} s")
     coarse = [one.file.name for one in running.results if min(one.slide.level.scale) < 1]
     if coarse:
         print(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -75,9 +76,15 @@ def test_every_format_gives_the_same_answers(name, slide, miniature, tmp_path) -
 
 def test_what_cannot_be_scored_is_named_and_the_rest_is(slide, drawn, miniature, tmp_path, capsys) -> None:
     shutil.copy(slide, tmp_path / "case.tif")
-    rows = files.features([*PLACES, (9000, 5), (-1, 5), (150, 120), PLACES[0], (600, 600)])
-    rows[-1]["geometry"]["coordinates"] = [None, 1]
+    rows = files.features([*PLACES, (9000, 5), (-1, 5), (150, 120), PLACES[0], *[(600, 600)] * 5])
+    bow_tie = [[10, 10], [50, 50], [50, 10], [10, 50], [10, 10]]
+    rows[7]["geometry"]["coordinates"] = [None, 1]
+    rows[8]["geometry"]["coordinates"] = [math.nan, 1]
+    rows[9]["geometry"] = {"type": "Polygon", "coordinates": [bow_tie]}
+    rows[10]["geometry"] = files.square(600, 600, 600)
+    rows[11]["id"] = rows[0]["id"]
     detections = files.write_json(tmp_path / "case.geojson", rows)
+    before = detections.read_bytes(), (tmp_path / "case.tif").read_bytes()
     assert run(miniature, detections, "--output", tmp_path / "out.geojson") == 3
     output = capsys.readouterr()
     lines = output.err.splitlines()
@@ -87,14 +94,32 @@ def test_what_cannot_be_scored_is_named_and_the_rest_is(slide, drawn, miniature,
         ("feature 6", "it lies on blank glass"),
         ("feature 7", "it lies where case.geojson, feature 1 does"),
         ("feature 8", "x is None; expected a number"),
+        ("feature 9", "x is nan; expected a number"),
+        ("feature 10", "its polygon crosses itself"),
+        ("feature 11", "it is 1,200 pixels across"),
+        ("feature 12", f"its id {files.uuid(0)} is that of another object"),
     ]:
         assert sum(line.startswith(f"not scored: case.geojson, {where}: {reason}") for line in lines) == 1, (
             where,
             lines,
         )
-    assert lines[-1] == "5 of 8 detections could not be scored" and len(lines) == 6
+    assert lines[-1] == "9 of 12 detections could not be scored" and len(lines) == 10
     assert [one["id"] for one in features_of(tmp_path / "out.geojson")] == [files.uuid(n) for n in range(3)]
-    assert "3 of 8 detections on 1 slides" in output.out
+    assert "3 of 12 detections on 1 slide, " in output.out
+    assert (detections.read_bytes(), (tmp_path / "case.tif").read_bytes()) == before
+
+
+def test_a_slide_that_is_cut_off_costs_only_its_own_objects(drawn, miniature, tmp_path, capsys) -> None:
+    noisy = np.random.default_rng(0).integers(0, 200, drawn.shape, dtype=np.uint8)
+    whole, cut = (write_slide(tmp_path / name, [noisy]) for name in ("whole.tif", "cut.tif"))
+    with cut.open("r+b") as stream:
+        stream.truncate(cut.stat().st_size // 2)
+    inputs = [files.qupath(tmp_path / f"{file.stem}.geojson", PLACES) for file in (cut, whole)]
+    assert run(miniature, *inputs, "--csv", tmp_path / "out.csv") == 3
+    found = [row["slide"] for row in rows_of(tmp_path / "out.csv")]
+    assert found.count("whole.tif") == 3 and found.count("cut.tif") < 3
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"{6 - len(found)} of 6 detections could not be scored"
 
 
 def test_a_damaged_tile_costs_only_its_own_crops(drawn, miniature, tmp_path, capsys) -> None:
