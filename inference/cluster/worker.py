@@ -36,38 +36,43 @@ class Unusable(Exception):
     """The ensemble does not work here, whatever the shard."""
 
 
+def load(manifest: Manifest, computed: tuple[str, str, str], precision: str, threads: int) -> Ensemble:
+    """The ensemble in this process. UserError where this machine has not the same one, device and precision.
+
+    computed: device, precision and ensemble of the whole run; precision: as asked, which may be `auto`.
+    """
+    import torch
+
+    from ..ensemble import Ensemble
+
+    torch.set_num_threads(threads)
+    try:
+        check_ensemble(manifest)
+        ensemble = Ensemble(manifest, computed[0], precision)
+    except OSError as error:
+        raise UserError(
+            f"the ensemble cannot be read on {platform.node()} ({one_line(error)}); copy it there"
+        ) from None
+    if ensemble.precision != computed[1]:
+        raise UserError(
+            f"{platform.node()} computes in {ensemble.precision}; expected {computed[1]}, as the others "
+            "do; name one with --precision"
+        )
+    return ensemble
+
+
 class Scorer:
     """An actor: the ensemble, loaded with its first shard."""
 
     def __init__(
         self, manifest: Manifest, computed: tuple[str, str, str], output: str, precision: str, threads: int
     ) -> None:
-        """computed: device, precision and ensemble of the whole run; precision: as asked, which may be `auto`."""
+        """computed, precision: as `load`."""
         self.manifest, self.computed, self.output = manifest, computed, output
         self.precision, self.threads = precision, threads
         self.ensemble: Ensemble | None = None
         self.results: Results | None = None
         self.pool = ThreadPoolExecutor(max(2, threads))
-
-    def load(self) -> None:
-        """UserError where this machine has not the same ensemble, device and precision."""
-        import torch
-
-        from ..ensemble import Ensemble
-
-        torch.set_num_threads(self.threads)
-        try:
-            check_ensemble(self.manifest)
-            self.ensemble = Ensemble(self.manifest, self.computed[0], self.precision)
-        except OSError as error:
-            raise UserError(
-                f"the ensemble cannot be read on {platform.node()} ({one_line(error)}); copy it there"
-            ) from None
-        if self.ensemble.precision != self.computed[1]:
-            raise UserError(
-                f"{platform.node()} computes in {self.ensemble.precision}; expected {self.computed[1]}, as the others "
-                "do; name one with --precision"
-            )
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """One shard, as JSON, to one row: crops, atypical, and why the whole run has to stop, if it has."""
@@ -78,7 +83,7 @@ class Scorer:
             if self.results is None:
                 self.results = Results(self.output, expected=True)
             if self.ensemble is None:
-                self.load()
+                self.ensemble = load(self.manifest, self.computed, self.precision, self.threads)
             crops, atypical = self.score(shard)
         except (UserError, Unusable) as error:
             stop = str(error)

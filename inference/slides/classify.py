@@ -10,27 +10,19 @@ with the reason, and all others are in the results.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from datetime import date
 from pathlib import Path
 
-from .. import __version__
 from ..commandline import add_ensemble_options
 from ..errors import UserError
 from ..exits import INCOMPLETE, INTERRUPTED
 from ..manifest import Manifest, default_ensemble, load_manifest
-from ..progress import Progress
-from ..report.page import write_report
 from . import outputs, statistics
 from .command import check, require_openslide
-from .journal import Journal, journal
-from .overview import overview
+from .journal import journal
 from .qupath import MARK
-from .scoring import Cutting, Scored, score_slide
-from .statistics import Summary
+from .run import Run
 from .targets import Collected, collect
 
 RESULTS = ("output", "csv", "summary", "report")
@@ -52,91 +44,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--mpp", type=float, default=0.25, help="µm/px of a crop (default 0.25)")
     add("--slide-mpp", type=float, metavar="MPP", help="µm/px of level 0 of slides that do not state it")
     add_ensemble_options(parser)
-
-
-class Run:
-    """One run: what was scored of each slide, and how many objects were not."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.cutting = Cutting(options.side, options.mpp, options.slide_mpp, options.origin)
-        self.progress = Progress(1, "detections")
-        self.failed: set[str] = set()
-        self.done = self.new = 0
-        self.results: list[Scored] = []
-        self.summaries: list[Summary] = []
-
-    def complain(self, name: str, reason: str) -> None:
-        self.failed.add(name)
-        self.say(f"{name}: {reason}")
-
-    def say(self, line: str) -> None:
-        self.progress.clear()
-        print(f"not scored: {' '.join(line.split())}", file=sys.stderr, flush=True)
-
-    def score(self, found: Collected, kept: Journal) -> None:
-        """All slides, one after another."""
-        from ..ensemble import Ensemble
-
-        ensemble = Ensemble.load(self.options.weights, self.options.device, self.options.precision)
-        self.settings = {"device": ensemble.device_name, "precision": ensemble.precision}
-        self.progress = Progress(found.total, "detections")
-
-        def tick(done: int, new: int) -> None:
-            self.progress.show(self.done + done, self.new + new, self.new + new)
-
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for file, targets in found.slides.items():
-                try:
-                    self.results.append(
-                        score_slide(
-                            file,
-                            targets,
-                            self.cutting,
-                            ensemble,
-                            kept,
-                            pool,
-                            self.complain,
-                            tick,
-                            self.options.report is not None,
-                        )
-                    )
-                    self.new += self.results[-1].new
-                except UserError as error:
-                    rest = [target.name for target in targets if target.name not in self.failed]
-                    self.failed.update(rest)
-                    self.say(f"{file} ({len(rest):,} detection{'s' * (len(rest) > 1)}): {error}")
-                self.done += len(targets)
-        self.progress.clear()
-
-    def write(self, found: Collected, manifest: Manifest) -> None:
-        """All results that were asked for. OSError where one cannot be written."""
-        options = self.options
-        results = [one for one in self.results if one.targets]
-        if not results:
-            raise UserError(f"none of {found.total:,} detections could be scored; each is named above")
-        for one in results:
-            failed = sum(target.name in self.failed for target in found.slides[one.file])
-            regions = found.regions.get(one.file, [])
-            self.summaries.append(outputs.summarise(one, failed, regions, options.origin, manifest, self.complain))
-        if options.output:
-            for one in results:
-                file = outputs.write_geojson(options.output, one, options.origin, manifest)
-                print(f"{file}: {len(one.answers):,} objects")
-        if options.csv:
-            outputs.write_csv(options.csv, results, manifest)
-        if options.summary:
-            outputs.write_summary(options.summary, self.summaries)
-        if options.report:
-            write_report(
-                [answer for one in results for answer in one.answers],
-                [small for one in results for small in one.pictures],
-                manifest,
-                options.report,
-                title=options.detections[0].name,
-                settings={"inference": f"version {__version__}, {date.today().isoformat()}"} | self.settings,
-                overview=overview(results, self.summaries, manifest),
-            )
+    ray = parser.add_argument_group("on a cluster", "see docs/qupath.md").add_argument
+    ray("--ray", metavar="ADDRESS", help="score on the Ray cluster there, or `local`: on all of this machine")
+    ray("--workers", type=int, metavar="N", help="processes (default: one per GPU; without GPUs one per four cores)")
 
 
 def check_outputs(options: argparse.Namespace, found: Collected, manifest: Manifest) -> Path:
@@ -176,18 +86,20 @@ def run(options: argparse.Namespace) -> int:
     """Exit code; UserError where nothing can be done."""
     check(options)
     require_openslide()
-    options.weights = options.weights or default_ensemble()
+    options.weights = (options.weights or default_ensemble()).resolve()
     if options.slide and options.slides:
         raise UserError("--slide and --slides; expected one of them; leave one out")
+    if options.workers is not None and (not options.ray or options.workers < 1):
+        raise UserError(f"--workers {options.workers}; expected 1 or more, with --ray ADDRESS; correct it")
     manifest, start = load_manifest(options.weights), time.perf_counter()
-    running = Run(options)
+    running = Run(options, manifest)
     found = collect(
         options.detections, options.slide, options.slides, options.classes, options.region, running.complain
     )
     try:
         with journal(check_outputs(options, found, manifest)) as kept:
             running.score(found, kept)
-            running.write(found, manifest)
+            running.write(found)
             kept.remove()
     except OSError as error:
         raise UserError(
@@ -213,7 +125,8 @@ def report(running: Run, found: Collected, seconds: float) -> None:
         )
     scored = sum(one.figures for one in running.summaries)
     known = f", {scored - running.new:,} of them known already" if scored > running.new else ""
-    print(f"{scored:,} of {found.total:,} detections on {len(running.summaries):,} slides{known}, {seconds:.1f} s")
+    slides = f"{len(running.summaries):,} slide{'s' * (len(running.summaries) != 1)}"
+    print(f"{scored:,} of {found.total:,} detections on {slides}{known}, {seconds:.1f} s")
     coarse = [one.file.name for one in running.results if min(one.slide.level.scale) < 1]
     if coarse:
         print(

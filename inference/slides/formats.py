@@ -151,29 +151,32 @@ def is_midog_box(values: Any) -> bool:
     return right - left == 50 and bottom - top == 50
 
 
-# The detections on TCGA slides (Zenodo 14548480): coordinates [[x, y], ...] and a type for each, 1 or 2
+# Detections on TCGA (Zenodo 14548480): a network of mitoses a slide, written by feature_extraction/feature_bank.py
+# (`sna_features_concise`) of mostafajahanifar/pacman: coordinates [[x, y], ...] of level 0, edge_index, feat_names, and
+# feats, a row of numbers for each mitosis. The first feature is its type: 1 typical, 2 atypical.
 def fits_tcga(document: Any) -> bool:
-    return isinstance(document, dict) and isinstance(document.get("coordinates"), list) and bool(types_of(document))
-
-
-def types_of(document: dict[str, Any]) -> list[Any]:
-    return next((document[key] for key in ("types", "type") if isinstance(document.get(key), list)), [])
+    if not isinstance(document, dict):
+        return False
+    lists = [document.get(key) for key in ("coordinates", "feats", "feat_names")]
+    return all(isinstance(one, list) for one in lists) and "type" in document["feat_names"]
 
 
 TCGA = {1: "typical", 2: "atypical"}
 
 
 def read_tcga(document: Any) -> Iterator[Found]:
-    places, types = document["coordinates"], types_of(document)
-    if len(places) != len(types):
-        raise UserError(f"it has {len(places):,} coordinates and {len(types):,} types; expected one for each")
+    places, rows, names = document["coordinates"], document["feats"], document["feat_names"]
+    if len(places) != len(rows):
+        raise UserError(f"it has {len(places):,} coordinates and {len(rows):,} feats; expected one for each")
 
     def read(where: str, n: int) -> Found:
+        about = dict(zip(map(str, names), rows[n], strict=True))
+        kind = about.pop("type")
         geometry = {"type": "Point", "coordinates": list(point(places[n]))}
-        return Found(where, made(geometry, n + 1, TCGA.get(types[n], str(types[n]))))
+        return Found(where, made(geometry, n + 1, TCGA.get(kind, str(kind)), **about))
 
     for n in range(len(places)):
-        where = f"detection {n + 1:,}"
+        where = f"mitosis {n + 1:,}"
         yield attempt(where, partial(read, where, n))
 
 
@@ -211,7 +214,7 @@ FORMATS = (
     Format("CellViT JSON", "cells and wsi_metadata", fits_cellvit, read_cellvit),
     Format("HoVer-Net JSON", "nuc", fits_hovernet, read_hovernet),
     Format("COCO or MIDOG JSON", "images and annotations", fits_coco, read_coco),
-    Format("TCGA mitosis JSON", "coordinates, and types for each", fits_tcga, read_tcga),
+    Format("TCGA mitosis JSON", "coordinates, feats and feat_names", fits_tcga, read_tcga),
     Format(
         "SlideRunner or EXACT SQLite",
         "the tables Annotations, Annotations_coordinates and Slides",

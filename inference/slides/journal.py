@@ -1,19 +1,19 @@
-"""What a run has answered so far, for the next run of the same command: one line for each object, by content.
+"""What a run has answered so far, for the next run of the same command: a line for each batch, objects by content.
 
-A line's key is made of all that the answer follows from: what the slide's file held, the place, how the crop is cut,
+An object's key is made of all that the answer follows from: what the slide's file held, the place, how the crop is cut,
 the ensemble and the precision. So nothing in it can be stale: what no longer applies is never found.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
 from ..errors import UserError
+from ..files import claim
 
 Answered = tuple[float, tuple[float, ...], tuple[float, ...]]  # P(atypical), that of each fold and of each member
 
@@ -30,29 +30,30 @@ class Journal:
         self.known: dict[str, Answered] = {}
         self.stream = file.open("a+b")
         try:
-            fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            claim(self.stream, file)
+        except UserError:
             self.stream.close()
-            raise UserError(f"another run writes to {file}; expected one at a time; wait for it") from None
-        except OSError:
-            pass  # a file system without locks
+            raise
         self.stream.seek(0)
         end = 0
         for line in self.stream:
             try:
                 if not line.endswith(b"\n"):
                     break
-                name, p, folds, members = json.loads(line)
-                self.known[str(name)] = float(p), tuple(map(float, folds)), tuple(map(float, members))
+                batch: dict[str, Answered] = {}
+                for name, p, folds, members in json.loads(line):
+                    batch[str(name)] = float(p), tuple(map(float, folds)), tuple(map(float, members))
+                self.known |= batch
             except (ValueError, TypeError):
                 break  # a run that was stopped, or a full disk: from here on nothing counts
             end += len(line)
         self.stream.truncate(end)
 
-    def add(self, answers: Iterable[tuple[str, Answered]]) -> None:
-        lines = [json.dumps([name, *answer]) + "\n" for name, answer in answers]
-        self.stream.write("".join(lines).encode())
-        self.stream.flush()
+    def add(self, answers: Sequence[tuple[str, Answered]]) -> None:
+        """A batch: after a crash all of it is known, or nothing."""
+        if answers:
+            self.stream.write(json.dumps([[name, *answer] for name, answer in answers]).encode() + b"\n")
+            self.stream.flush()
 
     def remove(self) -> None:
         """After a run that has tried everything."""

@@ -19,9 +19,9 @@ from . import statistics
 from .found import Feature, class_of
 from .geometry import area, inside
 from .qupath import collection, moved, with_answer
-from .scoring import Scored, scale
 from .statistics import Summary, hot_spot
 from .targets import Complain, Target
+from .work import Scored, scale
 
 GEOJSON = (".geojson", ".json")
 ABOUT = ["slide", "x", "y", "id", "detected_as", "detections"]  # of an object, before its answer's columns

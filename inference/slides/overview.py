@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from ..manifest import Manifest
 from ..report.page import escape
-from .scoring import Scored
 from .statistics import HotSpot, Summary, wilson, window
+from .work import Scored
 
 SIDE = 720  # pixels of a thumbnail's longer side
 READ = 1 << 26  # pixels of the level that it is made of: 256 MB; a slide without a small level gets an outline

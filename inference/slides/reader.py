@@ -55,10 +55,10 @@ class Slide:
             return 0.0, 0.0
         return x, y
 
-    def changed(self) -> bool:
-        """Whether the file is no longer what was opened."""
+    def changed(self, known_as: str) -> bool:
+        """Whether what was opened, or what the file now holds, has another `identity`."""
         try:
-            return identity(self.file) != self.identity
+            return not identity(self.file) == self.identity == known_as
         except UserError:
             return True
 

@@ -141,7 +141,7 @@ def test_classes_choose_and_what_is_not_there_is_said(tmp_path) -> None:
         (b"[" * 100_000, "cannot be read"),
         (b'{"type": "FeatureCollection", "features": 7}', "expected a list"),
         (b'{"wsi_metadata": {"downsampling": 2}, "cells": [{}]}', "downsampling of 2"),
-        (b'{"coordinates": [[1, 2]], "type": [1, 2]}', "1 coordinates and 2 types"),
+        (b'{"coordinates": [[1, 2]], "feats": [[1], [2]], "feat_names": ["type"]}', "1 coordinates and 2 feats"),
     ],
 )
 def test_what_is_no_file_with_detections_is_refused_in_one_line(content, reason, tmp_path) -> None:

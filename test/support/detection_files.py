@@ -125,9 +125,12 @@ def midog(file: Path, places: Sequence[Place]) -> Path:
 
 
 def tcga(file: Path, places: Sequence[Place]) -> Path:
-    """After the description of Zenodo 14548480: coordinates, and types 1 and 2. The release itself was not at hand."""
-    types = [1 + n % 2 for n in range(len(places))]
-    return write_json(file, {"coordinates": [list(place) for place in places], "type": types})
+    """sna_features_concise of mostafajahanifar/pacman, which made the networks of Zenodo 14548480: types are floats."""
+    feats = [[float(1 + n % 2), 1.0, 0.0, 0.5, 0.577] for n in range(len(places))]
+    names = ["type", "Node_Degree", "Clustering_Coeff", "Harmonic_Cen", "Eigenvector_cen"]
+    edges = [list(range(len(places))), list(range(len(places)))]
+    content = {"edge_index": edges, "coordinates": [list(place) for place in places], "feats": feats}
+    return write_json(file, content | {"feat_names": names})
 
 
 def sliderunner(file: Path, places: Sequence[Place], slide: str = "case 1.tif") -> Path:

@@ -1,0 +1,149 @@
+"""One run of `python -m inference slides`: the objects of each slide are scored, here or on a cluster, then written."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from .. import __version__
+from ..checksums import ensemble_id
+from ..errors import UserError
+from ..manifest import Manifest
+from ..progress import Progress
+from ..report.page import write_report
+from . import outputs
+from .journal import Journal
+from .overview import overview
+from .scoring import Cutting, score_part
+from .statistics import Summary
+from .targets import Collected, Target
+from .work import Answering, Scored, Scorer, Work
+
+if TYPE_CHECKING:
+    from ..ensemble import Ensemble
+
+
+@contextmanager
+def here(options: argparse.Namespace) -> Iterator[Scorer]:
+    """On this machine. UserError where the ensemble cannot be loaded."""
+    from ..ensemble import Ensemble
+
+    ensemble = Ensemble.load(options.weights, options.device, options.precision)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        score = partial(score_here, ensemble=ensemble, pool=pool)
+        yield Scorer(ensemble.device.type, ensemble.precision, ensemble.device_name, sys.stderr, score)
+
+
+def score_here(works: Iterable[Work], ensemble: Ensemble, pool: ThreadPoolExecutor) -> Answering:
+    for work in works:
+        try:
+            for outcomes in score_part(work.slide, work.part(0, len(work.found)), ensemble, pool):
+                yield work, outcomes
+        except UserError as error:
+            yield work, error
+
+
+class Run:
+    """What was scored of each slide, and how many objects were not."""
+
+    def __init__(self, options: argparse.Namespace, manifest: Manifest) -> None:
+        self.options, self.manifest = options, manifest
+        self.cutting = Cutting(options.side, options.mpp, options.slide_mpp, options.origin)
+        self.stream: IO[str] = sys.stderr
+        self.progress = Progress(1, "detections", self.stream)
+        self.settings: dict[str, str] = {}
+        self.failed: set[str] = set()
+        self.works: list[Work] = []
+        self.results: list[Scored] = []
+        self.summaries: list[Summary] = []
+
+    @property
+    def new(self) -> int:
+        return sum(work.new for work in self.works)
+
+    def complain(self, name: str, reason: str) -> None:
+        self.failed.add(name)
+        self.say(f"{name}: {reason}")
+
+    def say(self, line: str) -> None:
+        self.progress.clear()
+        print(f"not scored: {' '.join(line.split())}", file=self.stream, flush=True)
+
+    def lose(self, file: Path, targets: Sequence[Target], error: UserError) -> None:
+        """All objects of a slide; those that have a reason of their own keep it."""
+        rest = [target.name for target in targets if target.name not in self.failed]
+        self.failed.update(rest)
+        self.say(f"{file} ({len(rest):,} detection{'s' * (len(rest) > 1)}): {error}")
+
+    def opened(self, found: Collected, about: Sequence[str], journal: Journal) -> Iterator[Work]:
+        """One slide after another, when its turn comes."""
+        for file, targets in found.slides.items():
+            try:
+                pictures = self.options.report is not None
+                work = Work(file, targets, self.cutting, about, journal, self.complain, pictures)
+            except UserError as error:
+                self.lose(file, targets, error)
+                continue
+            self.works.append(work)
+            yield work
+
+    def score(self, found: Collected, journal: Journal) -> None:
+        """All slides. UserError where nothing can be scored here, or on the cluster that was asked for."""
+        if self.options.ray:
+            from .cluster import there
+
+            scoring = there(self.options, self.manifest)
+        else:
+            scoring = here(self.options)
+        with scoring as scorer:
+            self.stream = scorer.stream
+            self.progress = Progress(found.total, "detections", self.stream)
+            self.settings = {"device": scorer.name, "precision": scorer.precision}
+            about = ensemble_id(self.manifest), scorer.device, scorer.precision
+            for work, outcomes in scorer.score(self.opened(found, about, journal)):
+                if isinstance(outcomes, UserError):
+                    work.lost = True
+                    self.lose(work.file, work.targets, outcomes)
+                else:
+                    work.take(outcomes)
+                done = sum(one.read for one in self.works)
+                self.progress.show(done, done, self.new)
+            self.progress.clear()
+        self.stream = sys.stderr
+        self.results = [scored for work in self.works if not work.lost and (scored := work.scored()).targets]
+
+    def write(self, found: Collected) -> None:
+        """All results that were asked for. OSError where one cannot be written."""
+        options, manifest, results = self.options, self.manifest, self.results
+        if not results:
+            raise UserError(f"none of {found.total:,} detections could be scored; each is named above")
+        for one in results:
+            failed = sum(target.name in self.failed for target in found.slides[one.file])
+            regions = found.regions.get(one.file, [])
+            self.summaries.append(outputs.summarise(one, failed, regions, options.origin, manifest, self.complain))
+        if options.output:
+            for one in results:
+                file = outputs.write_geojson(options.output, one, options.origin, manifest)
+                print(f"{file}: {len(one.answers):,} objects")
+        if options.csv:
+            outputs.write_csv(options.csv, results, manifest)
+        if options.summary:
+            outputs.write_summary(options.summary, self.summaries)
+        if options.report:
+            write_report(
+                [answer for one in results for answer in one.answers],
+                [small for one in results for small in one.pictures],
+                manifest,
+                options.report,
+                title=options.detections[0].name,
+                settings={"inference": f"version {__version__}, {date.today().isoformat()}"} | self.settings,
+                overview=overview(results, self.summaries, manifest),
+            )
