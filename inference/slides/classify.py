@@ -21,6 +21,7 @@ from .. import __version__
 from ..commandline import add_ensemble_options
 from ..errors import UserError
 from ..exits import INCOMPLETE, INTERRUPTED
+from ..hub import local_folder
 from ..manifest import Manifest, default_ensemble, load_manifest
 from ..progress import Progress
 from ..report.page import write_report
@@ -51,7 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--side", type=int, default=128, help="of a crop, in pixels (default 128)")
     add("--mpp", type=float, default=0.25, help="µm/px of a crop (default 0.25)")
     add("--slide-mpp", type=float, metavar="MPP", help="µm/px of level 0 of slides that do not state it")
-    add_ensemble_options(parser)
+    add_ensemble_options(parser, hub=True)
 
 
 class Run:
@@ -176,7 +177,7 @@ def run(options: argparse.Namespace) -> int:
     """Exit code; UserError where nothing can be done."""
     check(options)
     require_openslide()
-    options.weights = options.weights or default_ensemble()
+    options.weights = local_folder(options.weights or default_ensemble())
     if options.slide and options.slides:
         raise UserError("--slide and --slides; expected one of them; leave one out")
     manifest, start = load_manifest(options.weights), time.perf_counter()
