@@ -29,7 +29,7 @@ def ask(service: str, lock: str) -> tuple[list[dict[str, Any]], str]:
         return list(json.loads(done.stdout)["dependencies"]), f"{service} knows none of the packages"
     except (ValueError, KeyError):
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return [], f"{service}: {last[:160]}"
+        return [], f"{service}: {last[:100]}"
 
 
 def judge(entries: list[dict[str, Any]]) -> tuple[int, list[str]]:

@@ -58,8 +58,8 @@ def licence(name: str) -> str:
 def table() -> str:
     parts = [
         "# Licences of all dependencies",
-        "Made by `python -m test.support.licences > docs/licences.md`; a test compares it. Each package's own words. Not listed:",
-        "`requirements/shim.txt`, the platform's software, which `test/run_local.sh --shim` alone installs, in `.cache/shim`.",
+        "Made by `python -m test.support.licences > docs/licences.md`; a test compares it. Each package's own words.",
+        "Not listed: `requirements/shim.txt`, the platform's software, which `test/run_local.sh --shim` alone installs.",
         "",
     ]
     known: dict[str, str] = {}
