@@ -45,9 +45,13 @@ def run(
     return importlib.import_module(commands[options.command].module).run(options) or 0
 
 
-def add_ensemble_options(parser: argparse.ArgumentParser) -> None:
-    """--weights, --device and --precision, as every command that predicts takes them."""
-    about = f"ensemble folder (default: the model uploaded to {MODEL_TARBALL}, else the bundled ensemble)"
+def add_ensemble_options(parser: argparse.ArgumentParser, *, hub: bool = False) -> None:
+    """--weights, --device and --precision, as every command that predicts takes them.
+
+    hub: its --weights may lie on the hub too, as `inference.hub.local_folder` understands it
+    """
+    kinds = "ensemble folder, or hf-hub:USER/NAME@REVISION" if hub else "ensemble folder"
+    about = f"{kinds} (default: the model uploaded to {MODEL_TARBALL}, else the bundled ensemble)"
     parser.add_argument("--weights", type=Path, metavar="DIR", help=about)
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: the GPU if there is one")
     parser.add_argument(

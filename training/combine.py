@@ -17,13 +17,13 @@ import numpy as np
 
 from inference.commandline import DEVICES
 from inference.errors import UserError
-from inference.files import write_whole
 from inference.manifest import BASES, MAX_MEMBERS, TTA_VIEWS, load_manifest
 
 from .calibrate import MINIMAL_GAIN
 from .candidates import Candidate, read_candidates
 from .card import TABLE, Result, Row, card, provenance
 from .feed import load_crops
+from .hubcard import write_card
 from .joint import Calibration, Choice, Joint
 from .members import DRIFT_CROPS, UNMEASURED, measure_drift, write_folds, write_manifest
 from .selection import Step, every_choice, refine, simplify, subsets
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
         job = write_job(work / "job", crops[:CROPS])
         seconds = time_members(work / "draft", found, job, options.device)
         about = weigh(folder, found, joint, crops[:DRIFT_CROPS], job, seconds, options)
-        write_whole(folder / "README.md", card(about))
+        write_card(folder, card(about))
         for link in folder.glob("*.safetensors"):
             base = link.resolve()
             link.unlink()

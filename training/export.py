@@ -21,6 +21,7 @@ from .calibrate import METRICS, calibrate, describe, read_out_of_fold
 from .data import Crop
 from .feed import load_crops
 from .fit import find_base, read_recipe
+from .hubcard import CARD, write_card
 from .members import (
     DRIFT_CROPS,
     UNMEASURED,
@@ -78,11 +79,15 @@ def run(options: argparse.Namespace) -> None:
     check_ensemble(load_manifest(options.output))
     [manifest["precision"]] = measure_drift(options.output, some_crops(options.run), options.device)
     write_manifest(options.output, manifest)
+    kept = (options.output / CARD).exists()
+    write_card(options.output)
     print(
         f"{options.output}: {len(folds)} folds, threshold {manifest['threshold']}, tta {manifest['tta']}, "
         f"leave one fold out: {describe(calibration)}"
     )
     print(f"largest change of P(atypical) to fp32: {manifest['precision']}")
+    if kept:
+        print(f"{options.output / CARD}: its front matter is new, its text is not; read it again")
 
 
 def provenance(run: Path, settings: dict[str, Any], calibration: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from inference.commandline import DEVICES
 from inference.device import choose_device
 from inference.ensemble import Ensemble
 from inference.errors import UserError
+from inference.hub import FORM, local_folder
 from inference.imageio.listing import list_crops
 from inference.imageio.stack import read_stack
 from inference.manifest import Member, load_manifest
@@ -35,7 +36,7 @@ TOLERANCE = 1e-5  # of logits, relative to the largest where that is above 1; ro
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("ensemble", type=Path, help="an ensemble folder, such as weights/mine")
+    parser.add_argument("ensemble", type=Path, help=f"an ensemble folder, such as weights/mine, or {FORM}")
     parser.add_argument(
         "--data", type=Path, help=f"a folder, file or CSV of crops; its first {MOST} are taken (default: generated)"
     )
@@ -43,9 +44,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    folder = local_folder(options.ensemble)
     crops, origin = choose_crops(options.data)
     with torch.backends.cudnn.flags(allow_tf32=False):  # a GPU would round convolutions to ten bits
-        found = verify(options.ensemble, crops, options.device, origin)
+        found = verify(folder, crops, options.device, origin)
     if found:
         raise UserError(
             f"{options.ensemble}: FAIL, {found}; expected what timm and PEFT compute; do not upload it, export it again"

@@ -23,6 +23,7 @@ from ..answers import computing
 from ..commandline import add_ensemble_options
 from ..errors import UserError
 from ..exits import FAILED, INCOMPLETE, INTERRUPTED
+from ..hub import local_folder
 from ..imageio.listing import FOLDER, list_crops
 from ..manifest import default_ensemble, load_manifest
 from ..metrics import scores
@@ -44,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("paths", nargs="+", metavar="PATH", help=PATHS)
     add("--csv", type=Path, metavar="FILE", help="write the results as they come; a file that exists is resumed")
     add("--report", type=Path, metavar="FILE", help="write one HTML page with every crop")
-    add_ensemble_options(parser)
+    add_ensemble_options(parser, hub=True)
     add("--labels", metavar="COLUMN", help=f"labels of a table (default: label), or {FOLDER} for a crop's folder name")
     add("--domains", metavar="COLUMN", help=f"domains of a table (default: domain), or {FOLDER}")
     about = "maps in the report of where the networks look (65 predictions a crop), for the N crops most worth a look"
@@ -120,7 +121,7 @@ def on_cluster(options: argparse.Namespace) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Exit code; UserError where nothing can be done."""
-    options.weights = options.weights or default_ensemble()
+    options.weights = local_folder(options.weights or default_ensemble())
     if options.ray:
         return on_cluster(options)
     for name in ("output", "workers", "shard", "image"):

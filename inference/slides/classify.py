@@ -17,6 +17,7 @@ from pathlib import Path
 from ..commandline import add_ensemble_options
 from ..errors import UserError
 from ..exits import INCOMPLETE, INTERRUPTED
+from ..hub import local_folder
 from ..manifest import Manifest, default_ensemble, load_manifest
 from . import outputs, statistics
 from .command import check, require_openslide
@@ -43,7 +44,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--side", type=int, default=128, help="of a crop, in pixels (default 128)")
     add("--mpp", type=float, default=0.25, help="µm/px of a crop (default 0.25)")
     add("--slide-mpp", type=float, metavar="MPP", help="µm/px of level 0 of slides that do not state it")
-    add_ensemble_options(parser)
+    add_ensemble_options(parser, hub=True)
     ray = parser.add_argument_group("on a cluster", "see docs/qupath.md").add_argument
     ray("--ray", metavar="ADDRESS", help="score on the Ray cluster there, or `local`: on all of this machine")
     ray("--workers", type=int, metavar="N", help="processes (default: one per GPU; without GPUs one per four cores)")
@@ -86,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
     """Exit code; UserError where nothing can be done."""
     check(options)
     require_openslide()
-    options.weights = (options.weights or default_ensemble()).resolve()
+    options.weights = local_folder(options.weights or default_ensemble()).resolve()
     if options.slide and options.slides:
         raise UserError("--slide and --slides; expected one of them; leave one out")
     if options.workers is not None and (not options.ray or options.workers < 1):

@@ -17,15 +17,19 @@ SERVICES = ("pypi", "osv")
 SECONDS = 120
 
 
-def ask(service: str, lock: str) -> list[dict[str, Any]]:
-    """pip-audit's entries for the packages of `lock`, or none where the service does not answer."""
+def ask(service: str, lock: str) -> tuple[list[dict[str, Any]], str]:
+    """pip-audit's entries for the packages of `lock`, or none and why."""
     command = [sys.executable, "-m", "pip_audit", "--disable-pip", "--require-hashes", "-r", str(ROOT / lock)]
     command += ["--vulnerability-service", service, "--format", "json", "--progress-spinner", "off", "--timeout", "10"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
-        return list(json.loads(done.stdout)["dependencies"])
-    except (subprocess.TimeoutExpired, ValueError, KeyError):
-        return []
+    except subprocess.TimeoutExpired:
+        return [], f"{service}: no answer in {SECONDS} s"
+    try:
+        return list(json.loads(done.stdout)["dependencies"]), f"{service} knows none of the packages"
+    except (ValueError, KeyError):
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return [], f"{service}: {last[:100]}"
 
 
 def judge(entries: list[dict[str, Any]]) -> tuple[int, list[str]]:
@@ -43,10 +47,11 @@ def judge(entries: list[dict[str, Any]]) -> tuple[int, list[str]]:
 def main() -> int:
     """1 where there is an advisory. Where nothing was looked up it says so, and returns 0."""
     code = 0
-    for lock in LOCKS:
-        answers = [entries for service in SERVICES if judge(entries := ask(service, lock))[0]]
+    for lock in (*LOCKS, "requirements/shim.txt"):
+        asked = [ask(service, lock) for service in SERVICES]
+        answers = [entries for entries, _ in asked if judge(entries)[0]]
         if not answers:
-            print(f"advisories, {lock}: not checked: no service reachable")
+            print(f"advisories, {lock}: not checked: no service reachable ({'; '.join(why for _, why in asked)})")
             continue
         known, lines = judge(answers[0])
         print(f"advisories, {lock}: {len(lines)} on {known} of {len(answers[0])} packages")

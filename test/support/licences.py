@@ -58,7 +58,8 @@ def licence(name: str) -> str:
 def table() -> str:
     parts = [
         "# Licences of all dependencies",
-        "Made by `python -m test.support.licences > docs/licences.md`; a test compares it.",
+        "Made by `python -m test.support.licences > docs/licences.md`; a test compares it. Each package's own words.",
+        "Not listed: `requirements/shim.txt`, the platform's software, which only `run_local.sh --shim` installs.",
         "",
     ]
     known: dict[str, str] = {}

@@ -24,8 +24,8 @@ def test_what_was_skipped_is_not_looked_up() -> None:
 @pytest.mark.parametrize(
     ("entries", "code", "said"),
     [
-        ([], 0, "not checked: no service reachable"),
-        ([SKIPPED], 0, "not checked: no service reachable"),
+        ([], 0, "not checked: no service reachable (the reason; the reason)"),
+        ([SKIPPED], 0, "not checked: no service reachable (the reason; the reason)"),
         ([GOOD, SKIPPED], 0, "0 on 1 of 2 packages\n  not checked: c"),
         ([VULNERABLE], 1, "2 on 1 of 1 packages\n  a 1.0: PYSEC-1"),
     ],
@@ -33,6 +33,6 @@ def test_what_was_skipped_is_not_looked_up() -> None:
 def test_the_exit_code_and_the_words(
     entries: list[dict], code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(advisories, "ask", lambda *_: entries)
+    monkeypatch.setattr(advisories, "ask", lambda *_: (entries, "the reason"))
     assert advisories.main() == code
     assert said in capsys.readouterr().out

@@ -20,6 +20,7 @@ from training.__main__ import main
 from training.calibrate import averaged, calibrate, read_out_of_fold
 from training.data import load_data, table_hash
 from training.feed import load_crops
+from training.hubcard import is_current
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,8 @@ def test_the_folder_holds_exactly_what_the_manifest_names(trained):
     fold_files = {f"fold{f}/{name}" for f in range(3) for name in ("adapter_config.json", "adapter_model.safetensors")}
     assert files == {"ensemble.json", "base.safetensors", *fold_files}
     assert manifest.name == "mine"
+    card = (ensemble / "README.md").read_text()
+    assert is_current(ensemble) and "| efficientnet-lite0 | 3 | " in card
     assert all(sha256(path) == expected for path, expected in manifest.files.items())
 
 
@@ -103,7 +106,7 @@ def test_the_same_run_gives_the_same_bytes(trained, tmp_path):
     again = tmp_path / "mine"
     base = ["--base", str(trained / "base.safetensors"), "--include-base"]
     assert main(["export", str(trained / "run"), "--output", str(again), *base]) == 0
-    for name in ("ensemble.json", "fold0/adapter_config.json", "fold2/adapter_model.safetensors"):
+    for name in ("README.md", "ensemble.json", "fold0/adapter_config.json", "fold2/adapter_model.safetensors"):
         assert (again / name).read_bytes() == (trained / "weights" / "mine" / name).read_bytes()
 
 

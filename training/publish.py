@@ -1,0 +1,107 @@
+"""Share an ensemble on the Hugging Face hub: exactly its files, in one commit, where the bases' licences allow it.
+
+The token is the hub client's own business: `hf auth login`, or HF_TOKEN.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from inference.backbones import lookup
+from inference.checksums import check_ensemble, sha256
+from inference.errors import UserError
+from inference.hub import PREFIX, explain
+from inference.manifest import FILE, Manifest, load_manifest
+
+from .hubcard import CARD, TERMS, is_current
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ensemble", type=Path, help="an ensemble folder, such as weights/mine")
+    about = "of the hub; where there is none it is made, and private until you change that on its page"
+    parser.add_argument("--repo", required=True, metavar="USER/NAME", help=about)
+    parser.add_argument("--dry-run", action="store_true", help="print what would be sent, and ask no network")
+
+
+def run(options: argparse.Namespace) -> None:
+    files = files_to_send(options.ensemble)
+    for name, path in files.items():
+        print(f"{path.stat().st_size:12,} bytes  SHA-256 {sha256(path)}  {name}")
+    total = f"{len(files)} files, {sum(path.stat().st_size for path in files.values()):,} bytes"
+    if options.dry_run:
+        print(f"{total} would go to {options.repo}; nothing was sent")
+        return
+    commit = send(options.repo, files, f"Ensemble {load_manifest(options.ensemble).name}")
+    print(f"{total} are {PREFIX}{options.repo}@{commit}")
+
+
+def files_to_send(folder: Path) -> dict[str, Path]:
+    """What makes up the ensemble, by its name in the repository.
+
+    UserError where a file is missing, altered, or no part of it, and where a licence does not let it be passed on.
+    """
+    manifest = load_manifest(folder)
+    check_ensemble(manifest)
+    wanted = [folder / FILE, folder / CARD, *manifest.files, *(folder / name for name in licence_texts(manifest))]
+    files = {path.relative_to(folder).as_posix(): path for path in wanted}
+    there = [path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()]
+    for path in sorted(there):
+        if path.relative_to(folder).as_posix() not in files:
+            raise UserError(f"{path} is no part of the ensemble; expected what {FILE} names; move it out of the folder")
+    for name, path in files.items():
+        if not path.is_file():
+            advice = f"write it with 'python -m training.hubcard {folder}'" if name == CARD else "save it there"
+            raise UserError(f"no {name} in {folder}; expected it beside the adapters; {advice}")
+    if not is_current(folder):
+        raise UserError(
+            f"{folder / CARD} begins otherwise than {FILE} gives; expected its front matter; write it with "
+            f"'python -m training.hubcard {folder}'"
+        )
+    return dict(sorted(files.items()))
+
+
+def licence_texts(manifest: Manifest) -> set[str]:
+    """Files with licences that have to go with the adapters. UserError where one forbids that they go anywhere.
+
+    Both the manifest and the table of backbones are asked, and the stricter counts.
+    """
+    texts = set()
+    for member in manifest.members:
+        for name in (str(member.licence.get("base", "not known")), lookup(member.backbone).licence):
+            terms = TERMS.get(name)
+            if terms is None or terms.forbidden:
+                reason = terms.forbidden if terms else "nobody here has read what it says of derivatives"
+                raise UserError(
+                    f"the base of {member.name} is under {name}: {reason}; expected a licence among "
+                    f"{', '.join(key for key, known in TERMS.items() if not known.forbidden)}; ask its authors"
+                )
+            if terms.text:
+                texts.add(terms.text)
+    return texts
+
+
+def send(repository: str, files: dict[str, Path], message: str) -> str:
+    """Send all files in one commit; returns its hash.
+
+    UserError where the repository holds anything else, or changes meanwhile, or the hub does not do it.
+    """
+    try:
+        from huggingface_hub import CommitOperationAdd, HfApi
+
+        api = HfApi()
+        api.create_repo(repository, private=True, exist_ok=True)
+        about = api.model_info(repository)
+        others = {entry.rfilename for entry in about.siblings or ()} - files.keys() - {".gitattributes"}
+        if others:
+            raise UserError(
+                f"{repository} holds {', '.join(sorted(others)[:3])}, which is no part of this ensemble; expected an "
+                "empty repository or an earlier version; remove it there, or name another"
+            )
+        operations = [CommitOperationAdd(name, path) for name, path in files.items()]
+        done = api.create_commit(repository, operations, commit_message=message, parent_commit=about.sha)
+        return str(done.oid)
+    except UserError:
+        raise
+    except Exception as error:
+        raise explain(error, repository) from None
