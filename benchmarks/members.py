@@ -3,7 +3,8 @@
     python -m benchmarks.members --backbones virchow uni [--crops 16] [--device cuda] [--json FILE]
     python -m benchmarks.members --weights weights/mine
 
-Every run is a fresh process; alone and together take turns. Backbones get random weights of the right shapes. The
+Every run is a fresh process; alone and together take turns. In fp32 the answers must be the weighted mean of those of
+the members alone, to 1e-6: another answer ends the command. Backbones get random weights of the right shapes. The
 platform's machine has 16 GB on host and GPU: `--backbones virchow dinov3-vith16plus uni` says what is left of it, on
 the GPU by the sizes of the tensors where there is none.
 """
@@ -13,9 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks import workload
@@ -23,8 +26,10 @@ from benchmarks.cold_start import ROOT, machine, run_ours
 from inference.adapters import Weights
 from inference.backbones import BACKBONES
 from inference.commandline import DEVICES
-from inference.manifest import PRECISIONS, Member, load_manifest
+from inference.manifest import PRECISIONS, Manifest, Member, load_manifest
+from inference.metrics import sigmoid
 
+EXACT = 1e-6  # of P(atypical)
 PLATFORM = 16e9  # bytes, of host memory and of a T4's
 
 
@@ -44,6 +49,17 @@ def alone(ensemble: Path, cache: Path) -> list[Path]:
     return folders
 
 
+def difference(runs: Sequence[dict[str, Any]], manifest: Manifest) -> float:
+    """Largest difference of P(atypical) of the last run, of all members, from the weighted mean of each alone."""
+    *each, together = (np.array(run["p_atypical"]) for run in runs)
+    share = [member.weight for member in manifest.members]
+    if manifest.averaging == "probability":
+        expected = np.average(each, axis=0, weights=share)
+    else:
+        expected = sigmoid(np.average([np.log(p / (1 - p)) for p in each], axis=0, weights=share))
+    return float(np.abs(together - expected).max())
+
+
 def gpu_bytes(member: Member) -> int:
     """Bytes of a member's tensors on a GPU in fp16 or bf16: what no fold changes once, the rest once for each fold."""
     weights = Weights(member.base, list(member.folds), torch.device("cpu"), torch.float16)
@@ -52,16 +68,18 @@ def gpu_bytes(member: Member) -> int:
 
 
 def measure(ensemble: Path, crops: int, device: str, precision: str, repeats: int, cache: Path) -> dict[str, Any]:
-    """Seconds are medians over `repeats` runs in turn, after one of each to warm up; peaks are the largest."""
+    """Seconds are medians over `repeats` runs in turn, after one of each in fp32; peaks are the largest."""
     job, out = workload.make_input(crops, cache), cache / "output"
     out.mkdir(parents=True, exist_ok=True)
     manifest = load_manifest(ensemble)
     folders = [*alone(ensemble, cache), ensemble]
+    off = difference([run_ours(folder, job, out, device, "fp32") for folder in folders], manifest)  # also a warm-up
+    if off > EXACT:
+        raise SystemExit(f"answers differ by {off:.1e} from the weighted mean of the members alone; expected {EXACT:g}")
     runs: list[list[dict[str, Any]]] = [[] for _ in folders]
-    for turn in range(repeats + 1):
+    for _ in range(repeats):
         for found, folder in zip(runs, folders, strict=True):
-            one = run_ours(folder, job, out, device, precision)
-            found += [one] if turn else []
+            found.append(run_ours(folder, job, out, device, precision))
     median = statistics.median
     wall = [median(run["wall"] for run in found) for found in runs]
     computing = [median(sum(member["seconds"] for member in run["members"]) for run in found) for found in runs]
@@ -79,6 +97,7 @@ def measure(ensemble: Path, crops: int, device: str, precision: str, repeats: in
         "computing": computing,
         "start": start,
         "memory": memory,
+        "difference_fp32": off,
         "ratio": wall[-1] / (sum(computing[:-1]) + start),
         "device_memory": max(run["device_bytes"] for run in runs[-1]),
         "bases": [member.base.stat().st_size for member in manifest.members],
@@ -96,6 +115,9 @@ def show(result: dict[str, Any]) -> str:
     for name, wall, computing, memory in zip(names, result["wall"], result["computing"], result["memory"], strict=True):
         lines.append(f"{name:>28}: {wall:7.2f} s, of which members {computing:7.2f}, peak {memory / 1e9:.2f} GB")
     lines.append(f"all members / (members alone + one start of {result['start']:.2f} s): {result['ratio']:.3f}")
+    lines.append(
+        f"answers in fp32: at most {result['difference_fp32']:.1e} from the weighted mean of the members alone"
+    )
     largest, together = max(result["memory"][:-1]), result["memory"][-1]
     lines.append(
         f"host: {(together - largest) / 1e9:+.2f} GB over the largest member alone (bases "
