@@ -100,32 +100,26 @@ def measure(backbone: str, crops: int, device: str, precision: str, repeats: int
         plain.append(run_plain(kind, plain_folder, job, out))
     manifest = load_manifest(ensemble)
     exact = run_ours(ensemble, job, out, device, "fp32") if not default else None
-    [member] = manifest.members
-    size, views, folds = member.preprocess["size"], TTA_VIEWS[member.tta], len(member.folds)
-    row = BACKBONES[member.backbone]
     precision = ours[0]["precision"]
-    flops = floor.multiply_adds(member.backbone, size, member.pool) * crops * views * folds
-    tokens = crops * views * folds * (size // 14 if "14" in row.timm else size // 16) ** 2
-    rate = floor.matrix_rate(member.backbone, min(tokens, 4096), precision, device)
-    read = floor.read_rate(member.base)
-    parts = {
-        "import torch": floor.import_seconds(),
-        "read the base": member.base.stat().st_size / read,
-        "multiply-adds": flops / rate,
-    }
+    parts = {"import torch": floor.import_seconds(), "read the bases": 0.0, "multiply-adds": 0.0}
+    about = []
+    for member in manifest.members:
+        size, views, folds = member.preprocess["size"], TTA_VIEWS[member.tta], len(member.folds)
+        flops = floor.multiply_adds(member.backbone, size, member.pool) * crops * views * folds
+        tokens = crops * views * folds * (size // 14 if "14" in BACKBONES[member.backbone].timm else size // 16) ** 2
+        parts["multiply-adds"] += flops / floor.matrix_rate(member.backbone, min(tokens, 4096), precision, device)
+        parts["read the bases"] += member.base.stat().st_size / floor.read_rate(member.base)
+        about.append({"backbone": member.backbone, "folds": folds, "views": views, "size": size})
     result: dict[str, Any] = {
-        "backbone": member.backbone,
+        "members": about,
         "crops": crops,
-        "folds": folds,
-        "views": views,
-        "size": size,
         "device": ours[0]["device"],
         "precision": precision,
         "machine": machine(),
         "repeats": repeats,
         "ours": medians(ours),
         "plain": medians(plain),
-        "floor": {"wall": sum(parts.values()), "seconds": parts, "gigaflops": rate / 1e9, "read_gb_per_s": read / 1e9},
+        "floor": {"wall": sum(parts.values()), "seconds": parts},
     }
     result["speedup"] = result["plain"]["wall"] / result["ours"]["wall"]
     result["memory_ratio"] = result["ours"]["memory"] / result["plain"]["memory"]
@@ -164,9 +158,12 @@ def machine() -> dict[str, str]:
 
 
 def show(result: dict[str, Any]) -> str:
+    members = [
+        f"{one['backbone']} ({one['folds']} folds, views {one['views']}, {one['size']} px)" for one in result["members"]
+    ]
     lines = [
-        f"{result['backbone']}: {result['crops']} crops x {result['views']} views x {result['folds']} folds at "
-        f"{result['size']} px, {result['device']}, {result['precision']}; random unless 'default'"
+        f"{' + '.join(members)}: {result['crops']} crops, {result['device']}, {result['precision']}; "
+        "random unless 'default'"
     ]
     for name in ("plain", "ours", "floor"):
         part = result[name]
