@@ -16,7 +16,7 @@ while [ $# -gt 0 ]; do
     case $1 in --engine | --ensemble | --api | --requirements) [ -n "${2:-}" ] || fail "$1 has no value; see --help" ;; esac
     case $1 in
         --engine) engine=$2; shift 2 ;;
-        --ensemble) ensemble=${2%/}; shift 2 ;;
+        --ensemble) ensemble=${2%/}; ensemble=${ensemble#./}; shift 2 ;;
         --api) api=$2; shift 2 ;;
         --requirements) requirements=$2; shift 2 ;;
         --no-stamp) stamp=''; shift ;;
@@ -33,7 +33,7 @@ context() { # all that the Dockerfile copies, with one time, owner and order, so
 }
 
 build_image() {
-    local image=${IMAGE:-midog-lora} options=()
+    local image=${IMAGE:-midog-lora} options=() file
     case $api in exec | invoke | '') ;; *) fail "--api $api; expected exec or invoke" ;; esac
     case $ensemble in /* | ../*) fail "$ensemble lies outside this folder; Docker can only copy what is inside, e.g. weights/NAME" ;; esac
     [ -f "$ensemble/ensemble.json" ] || fail "no $ensemble/ensemble.json; expected an ensemble folder; see weights/default"
@@ -50,11 +50,14 @@ build_image() {
         --tag "$image" -
     echo "layers of $image, newest first:"
     "$docker" history --format '{{printf "%9s" .Size}}  {{.CreatedBy}}' "$image" | awk '!/^ *0B/ {print substr($0, 1, 100)}'
-    if ! compgen -G "weights/bases/*.safetensors" >/dev/null; then # export.sh packs it; the image has just made it
-        container=$("$docker" create "$image")
-        trap '"$docker" rm "$container" >/dev/null' EXIT
-        "$docker" cp "$container:/opt/app/weights/bases/." weights/bases/ || { rm -f weights/bases/*; fail "cannot copy the base out of $image"; }
-    fi
+    # export.sh packs the bases, and the image has just made those that are not here
+    container=$("$docker" create "$image")
+    copied=$(mktemp -d weights/bases/.from-image.XXXXXX)
+    trap '"$docker" rm "$container" >/dev/null; rm -rf "$copied"' EXIT
+    "$docker" cp "$container:/opt/app/weights/bases/." "$copied/" || fail "cannot copy the bases out of $image"
+    for file in "$copied"/*; do
+        if [ -e "$file" ] && [ ! -e "weights/bases/${file##*/}" ]; then mv "$file" weights/bases/; fi
+    done
     echo "built image $image ($("$docker" image inspect --format '{{.Size}}' "$image" | awk '{printf "%.2f GB", $1 / 1e9}'))"
 }
 
@@ -85,7 +88,7 @@ make_bases() { # of every ensemble here; the chosen one's must be there in the e
     local folder missing backbone installed=''
     for folder in "$ensemble" weights/*/; do
         [ -f "$folder/ensemble.json" ] || continue
-        missing=$(.venv/bin/python -m training.bases "$folder") || exit 1
+        missing=$(.venv/bin/python -m training.bases "$folder") || { [ "${folder%/}" != "$ensemble" ] || exit 1; continue; }
         if [ -n "$missing" ] && [ -z "$installed" ]; then
             install --require-hashes --no-deps -r requirements/bases.txt
             installed=yes

@@ -55,11 +55,12 @@ if [ -n "$image" ] && [ -z "$only" ]; then
 fi
 
 mkdir -p "$output"
+rm -f "$output/SHA256SUMS" # of what is replaced here
 trap 'rm -f "$output"/*.partial' EXIT
-written=()
 describe() { # size of a file, and what the platform would say of it
     echo "  $(wc -c <"$1" | awk '{printf "%.3f GB (%s bytes)", $1 / 1e9, $1}'), SHA-256 $(sha256sum "$1" | cut -d ' ' -f 1)"
-    "$python" -m test.harness.preflight "$1" || fail "$1 would be refused, or fail on the platform; see the lines above"
+    "$python" -m test.harness.preflight "$1" ||
+        { rm -f "$1"; fail "$(basename "$1") would be refused, or fail on the platform; see the lines above; it was removed"; }
 }
 
 export_image() {
@@ -76,7 +77,6 @@ export_image() {
     "$python" -m training.bom "$image" --docker "$docker" >"$output/$name.cdx.json.partial" || exit 1
     mv "$output/$name.cdx.json.partial" "$output/$name.cdx.json"
     echo "Bill of materials: $output/$name.cdx.json"
-    written+=("$name.tar.gz" "$name.cdx.json")
 }
 
 export_model() {
@@ -84,13 +84,12 @@ export_model() {
     target=$("$python" -m training.tarball "$ensemble" "$output" "${model_options[@]}") || exit 1
     echo "Model:"
     describe "$target"
-    written+=("$(basename "$target")")
 }
 
 [ "$only" = image ] || export_model
 if [ "$only" != model ] && [ -n "$image" ]; then export_image; fi
 [ -n "$image" ] || [ "$only" = model ] || echo "Image: not written, for no Docker engine answers here. Build and export it on a machine with Docker."
-(cd "$output" && sha256sum "${written[@]}" >SHA256SUMS.partial && mv SHA256SUMS.partial SHA256SUMS)
+(cd "$output" && shopt -s nullglob && sha256sum ./*.tar.gz ./*.cdx.json | sed 's# \./# #' >SHA256SUMS.partial && mv SHA256SUMS.partial SHA256SUMS)
 cat <<'STEPS'
 Upload, at grand-challenge.org as a verified user:
   1. Your algorithm > Containers > Upload a container: the image. It is checked for minutes and activated in about twenty.

@@ -43,7 +43,7 @@ _MEMBER: dict[str, tuple[Any, Any]] = {
     "licence": (dict, None),
 }
 _WHOLE: dict[str, tuple[Any, Any]] = {
-    "name": (str, lambda v: _is_title(v)),  # it is printed in logs
+    "name": (str, lambda v: is_title(v)),
     "averaging": (str, AVERAGING),
     "temperature": (float, lambda v: 0 < v < math.inf),
     "threshold": (float, lambda v: 0 < v < 1),
@@ -222,8 +222,9 @@ def _member(folder: Path, file: Path, entry: dict[str, Any], weight: float, wher
     )
 
 
-def _is_title(text: str) -> bool:
-    return text.isprintable() and 0 < len(text) <= 100
+def is_title(text: str) -> bool:
+    """Whether an ensemble may be called so: it is printed in logs, and names the files of an export."""
+    return text.isprintable() and 0 < len(text) <= 100 and "/" not in text and not text.startswith(".")
 
 
 def _is_number(value: Any) -> bool:

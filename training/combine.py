@@ -17,7 +17,7 @@ import numpy as np
 
 from inference.commandline import DEVICES
 from inference.errors import UserError
-from inference.manifest import BASES, MAX_MEMBERS, TTA_VIEWS, load_manifest
+from inference.manifest import BASES, MAX_MEMBERS, TTA_VIEWS, is_title, load_manifest
 
 from .calibrate import MINIMAL_GAIN
 from .candidates import Candidate, read_candidates
@@ -53,6 +53,8 @@ def run(options: argparse.Namespace) -> None:
     output = options.output
     if output.exists():
         raise UserError(f"{output} exists; expected a new folder, nothing is overwritten; name another or remove it")
+    if not is_title(name := options.name or output.name):
+        raise UserError(f"an ensemble called {name!r:.120}; expected a name without /; give another with --name")
     found, table = read_candidates(options.places, options.data, options.cache, options.bases)
     if len(found) > MAX_MEMBERS:
         raise UserError(f"found {len(found)} members; expected at most {MAX_MEMBERS}; leave some out")

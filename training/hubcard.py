@@ -19,6 +19,8 @@ from inference.errors import UserError
 from inference.files import write_whole
 from inference.manifest import FILE, TTA_VIEWS
 
+from .layouts import LAYOUTS
+
 CARD = "README.md"
 FRONT_MATTER = re.compile(r"\A---\n.*?^---\n", re.DOTALL | re.MULTILINE)
 TAGS = ["lora", "pathology", "histopathology", "mitosis", "atypical-mitotic-figures", "midog"]
@@ -83,7 +85,8 @@ def data_sets(manifest: dict[str, Any]) -> list[str]:
     provenance = manifest.get("provenance", {})
     parts = [provenance, *provenance.get("members", {}).values()]
     found = [name for part in parts for name in part.get("data", {}).get("sets", {})]
-    return [name for name in dict.fromkeys(found) if name != "plain CSV"]
+    published = {layout.name.split(" (")[0] for layout in LAYOUTS}  # a table of one's own is named after its file
+    return [name for name in dict.fromkeys(found) if name in published]
 
 
 def licence(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from inference.backbones import lookup
 from inference.checksums import check_ensemble, sha256
 from inference.errors import UserError
+from inference.files import read_json
 from inference.hub import PREFIX, explain
 from inference.manifest import FILE, Manifest, load_manifest
 
@@ -32,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
     if options.dry_run:
         print(f"{total} would go to {options.repo}; nothing was sent")
         return
-    commit = send(options.repo, files, f"Ensemble {load_manifest(options.ensemble).name}")
+    commit = send(options.repo, files, load_manifest(options.ensemble))
     print(f"{total} are {PREFIX}{options.repo}@{commit}")
 
 
@@ -68,12 +70,13 @@ def licence_texts(manifest: Manifest) -> set[str]:
     """
     texts = set()
     for member in manifest.members:
-        for name in (str(member.licence.get("base", "not known")), lookup(member.backbone).licence):
+        parts = [str(member.licence.get(part, "not known")) for part in ("base", "adapters")]
+        for name in (*parts, lookup(member.backbone).licence):
             terms = TERMS.get(name)
             if terms is None or terms.forbidden:
                 reason = terms.forbidden if terms else "nobody here has read what it says of derivatives"
                 raise UserError(
-                    f"the base of {member.name} is under {name}: {reason}; expected a licence among "
+                    f"{member.name} is under {name}: {reason}; expected a licence among "
                     f"{', '.join(key for key, known in TERMS.items() if not known.forbidden)}; ask its authors"
                 )
             if terms.text:
@@ -81,25 +84,42 @@ def licence_texts(manifest: Manifest) -> set[str]:
     return texts
 
 
-def send(repository: str, files: dict[str, Path], message: str) -> str:
+def identity(content: Any) -> str:
+    """What stays the same from version to version of an ensemble: its name and its backbones."""
+    members = content.get("members", [content])
+    return f"{content.get('name')} ({' + '.join(str(member.get('backbone')) for member in members)})"
+
+
+def send(repository: str, files: dict[str, Path], manifest: Manifest) -> str:
     """Send all files in one commit; returns its hash.
 
-    UserError where the repository holds anything else, or changes meanwhile, or the hub does not do it.
+    UserError where the repository holds anything else or another ensemble, where it changes meanwhile, and where the
+    hub does not do it.
     """
     try:
-        from huggingface_hub import CommitOperationAdd, HfApi
+        from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 
         api = HfApi()
         api.create_repo(repository, private=True, exist_ok=True)
         about = api.model_info(repository)
-        others = {entry.rfilename for entry in about.siblings or ()} - files.keys() - {".gitattributes"}
+        there = {entry.rfilename for entry in about.siblings or ()}
+        others = there - files.keys() - {".gitattributes"}
         if others:
             raise UserError(
                 f"{repository} holds {', '.join(sorted(others)[:3])}, which is no part of this ensemble; expected an "
                 "empty repository or an earlier version; remove it there, or name another"
             )
+        if FILE in there:
+            theirs = identity(read_json(Path(hf_hub_download(repository, FILE, revision=about.sha))))
+            if theirs != (ours := identity(read_json(files[FILE]))):
+                raise UserError(
+                    f"{repository} holds the ensemble {theirs}; expected an empty repository or an earlier version of "
+                    f"{ours}; name another"
+                )
         operations = [CommitOperationAdd(name, path) for name, path in files.items()]
-        done = api.create_commit(repository, operations, commit_message=message, parent_commit=about.sha)
+        done = api.create_commit(
+            repository, operations, commit_message=f"Ensemble {manifest.name}", parent_commit=about.sha
+        )
         return str(done.oid)
     except UserError:
         raise

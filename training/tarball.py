@@ -29,7 +29,7 @@ def write_model_tarball(ensemble: Path, output: Path, with_base: bool = True) ->
     """
     manifest = load_manifest(ensemble)
     check_ensemble(manifest)
-    paths = [ensemble / FILE, ensemble / "README.md", *manifest.files]
+    paths = [ensemble / FILE, ensemble / "README.md", ensemble / "LICENSE.md", *manifest.files]
     members = {path.relative_to(ensemble).as_posix(): path for path in paths if path.is_file()}
     if with_base:
         members |= {base.name: base for base in manifest.bases}

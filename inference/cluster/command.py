@@ -30,7 +30,7 @@ from ..exits import INCOMPLETE, INTERRUPTED
 from ..manifest import Manifest, load_manifest
 from ..progress import Progress
 from .results import Results
-from .shards import Shard, one_line, plan, resolve, source_of
+from .shards import Shard, masked, one_line, plan, resolve, source_of
 from .worker import Scorer
 
 SHARD = 4096  # crops of a shard: seconds of a GPU's work
@@ -131,7 +131,8 @@ def run(options: argparse.Namespace) -> int:
     for location in options.paths:
         if f"{resolve(output)[1].rstrip('/')}/".startswith(resolve(location)[1].rstrip("/") + "/"):
             raise UserError(
-                f"{output} lies in {location}, which is read; expected another place; name another --output"
+                f"{masked(output)} lies in {masked(location)}, which is read; expected another place; "
+                "name another --output"
             )
     results = Results(output)
     job = {"ensemble": ensemble, "shard": options.shard or SHARD}

@@ -62,8 +62,17 @@ def resolve(location: str) -> tuple[fs.FileSystem, str, str]:
         system, path = fs.FileSystem.from_uri(location)
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = one_line(error)
-        raise UserError(f"{location}: {reason}; expected a path or a URI of file, s3, gs or hdfs; correct it") from None
+        raise UserError(
+            f"{masked(f'{location}: {reason}')}; expected a path or a URI of file, s3, gs or hdfs; correct it"
+        ) from None
     return system, path, "" if system.type_name == "local" else location.partition("://")[0] + "://"
+
+
+def masked(text: str) -> str:
+    """Without the credentials that a URI may hold, which would end up in log files."""
+    return re.sub(
+        r"((?:secret|session|access|key|token)[^=&\s]*=)[^&\s]*", r"\1***", re.sub(r"://[^/@\s]*@", "://***@", text)
+    )
 
 
 def one_line(error: object) -> str:

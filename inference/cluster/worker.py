@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..manifest import Manifest
 from .records import Chunk, Read, read_shard, texts
 from .results import Error, Page, Results, answers
-from .shards import UNREADABLE, Shard, one_line
+from .shards import UNREADABLE, Shard, masked, one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,7 +88,7 @@ class Scorer:
         except (UserError, Unusable) as error:
             stop = str(error)
         except OSError as error:
-            stop = f"{self.output} cannot be written ({one_line(error)}); the same command resumes when it can"
+            stop = f"{masked(self.output)} cannot be written ({one_line(error)}); the same command resumes when it can"
         except Exception as error:  # not foreseen, such as a lost GPU: another process may do better
             traceback.print_exc()
             with contextlib.suppress(Exception):

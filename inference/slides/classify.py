@@ -104,14 +104,14 @@ def run(options: argparse.Namespace) -> int:
             kept.remove()
     except OSError as error:
         raise UserError(
-            f"cannot write {error.filename} ({error.strerror}); expected a writable folder with space left; "
-            "run the same command again"
+            f"cannot write {error.filename or 'the results'} ({error.strerror}); expected a writable folder with "
+            "space left; run the same command again"
         ) from None
     except KeyboardInterrupt:
         print(f"\nstopped after {running.new:,} new crops; the same command resumes it", file=sys.stderr)
         return INTERRUPTED
     report(running, found, time.perf_counter() - start)
-    return INCOMPLETE if running.failed else 0
+    return INCOMPLETE if running.incomplete else 0
 
 
 def report(running: Run, found: Collected, seconds: float) -> None:

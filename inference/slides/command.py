@@ -211,8 +211,8 @@ def run(options: argparse.Namespace) -> int:
             table = cutting.write_table(detections, others)
         except OSError as error:
             raise UserError(
-                f"cannot write {error.filename} ({error.strerror}); expected a writable folder with space "
-                "left; run the same command again"
+                f"cannot write {error.filename or 'the results'} ({error.strerror}); expected a writable folder with "
+                "space left; run the same command again"
             ) from None
         except KeyboardInterrupt:
             print(f"\nstopped after {cutting.new:,} new crops; the same command resumes it", file=sys.stderr)

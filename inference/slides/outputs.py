@@ -123,7 +123,7 @@ def summarise(
             square_mm += area(feature.get("geometry") or {}) * mpp[0] * mpp[1] / 1e6
             counts |= inside(feature["geometry"], x - offset[0], y - offset[1])
         except UserError as error:
-            complain(f"{scored.file.name}, region {feature.get('id', '')}", str(error))
+            complain(f"{scored.file.name}, region {feature.get('id', '')}", str(error), False)
     return Summary(
         slide=scored.file.name,
         figures=len(x),

@@ -61,6 +61,7 @@ class Run:
         self.progress = Progress(1, "detections", self.stream)
         self.settings: dict[str, str] = {}
         self.failed: set[str] = set()
+        self.incomplete = False
         self.works: list[Work] = []
         self.results: list[Scored] = []
         self.summaries: list[Summary] = []
@@ -69,8 +70,11 @@ class Run:
     def new(self) -> int:
         return sum(work.new for work in self.works)
 
-    def complain(self, name: str, reason: str) -> None:
-        self.failed.add(name)
+    def complain(self, name: str, reason: str, scored: bool = True) -> None:
+        """scored: whether it is an object to score, which counts; an outline of an area does not."""
+        self.incomplete = True
+        if scored:
+            self.failed.add(name)
         self.say(f"{name}: {reason}")
 
     def say(self, line: str) -> None:
@@ -81,6 +85,7 @@ class Run:
         """All objects of a slide; those that have a reason of their own keep it."""
         rest = [target.name for target in targets if target.name not in self.failed]
         self.failed.update(rest)
+        self.incomplete = True
         self.say(f"{file} ({len(rest):,} detection{'s' * (len(rest) > 1)}): {error}")
 
     def opened(self, found: Collected, about: Sequence[str], journal: Journal) -> Iterator[Work]:

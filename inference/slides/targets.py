@@ -12,7 +12,7 @@ from .formats import read_file
 from .found import Feature, Found, class_of
 from .geometry import centre
 
-Complain = Callable[[str, str], None]  # what it is about, and why it is not scored
+Complain = Callable[..., None]  # what it is about, why it is not scored, and False where it is no object to score
 NOT_SLIDES = (".geojson", ".json", ".csv", ".gz", ".zip", ".sqlite", ".db", ".html")
 
 
@@ -33,7 +33,7 @@ class Target:
 
     @property
     def name(self) -> str:
-        return f"{self.file.name}, {self.where}"
+        return f"{self.file}, {self.where}"
 
     @property
     def id(self) -> str:
@@ -93,7 +93,13 @@ def take(
     found.classes[kind] += 1
     if not isinstance(one.feature, UserError):
         if region is not None and kind.casefold() == region.casefold():
-            found.regions.setdefault(slide_of(file, one.slide, slide, folder), []).append(one.feature)
+            try:
+                regions = found.regions.setdefault(slide_of(file, one.slide, slide, folder), [])
+            except UserError as error:
+                complain(f"{file}, {one.where}", str(error), False)
+                return
+            if one.feature.get("geometry") not in [known.get("geometry") for known in regions]:  # as in two exports
+                regions.append(one.feature)
             return
         if wanted and kind.casefold() not in wanted:
             return
@@ -108,7 +114,7 @@ def take(
         ids.add(identity)
         where = slide_of(file, one.slide, slide, folder)
     except UserError as error:
-        complain(f"{file.name}, {one.where}", str(error))
+        complain(f"{file}, {one.where}", str(error))
         return
     target = Target(file, one.where, one.feature, x, y, one.magnification, theirs)
     found.slides.setdefault(where, []).append(target)

@@ -181,3 +181,10 @@ def test_without_ray_one_line_says_what_to_install(miniature, tmp_path) -> None:
     done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert "ray is not installed" in done.stderr and "requirements/ray.txt" in done.stderr
+
+
+def test_an_error_shows_no_credentials() -> None:
+    for uri in ("s3://AKIA:HIDDEN@bucket/x?nope=1", "s3://bucket/x?secret_key=HIDDEN&nope=1"):
+        with pytest.raises(UserError) as raised:
+            resolve(uri)
+        assert "HIDDEN" not in str(raised.value) and "bucket/x" in str(raised.value)

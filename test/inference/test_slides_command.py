@@ -91,14 +91,14 @@ def test_what_cannot_be_scored_is_named_and_the_rest_is(slide, drawn, miniature,
         ("feature 4", "it lies outside the slide's 1,300 x 1,000 pixels"),
         ("feature 5", "it lies outside"),
         ("feature 6", "it lies on blank glass"),
-        ("feature 7", "it lies where case.geojson, feature 1 does"),
+        ("feature 7", f"it lies where {detections}, feature 1 does"),
         ("feature 8", "x is None; expected a number"),
         ("feature 9", "x is nan; expected a number"),
         ("feature 10", "its polygon crosses itself"),
         ("feature 11", "it is 1,200 pixels across"),
         ("feature 12", f"its id {files.uuid(0)} is that of another object"),
     ]:
-        assert sum(line.startswith(f"not scored: case.geojson, {where}: {reason}") for line in lines) == 1, (
+        assert sum(line.startswith(f"not scored: {detections}, {where}: {reason}") for line in lines) == 1, (
             where,
             lines,
         )
@@ -311,7 +311,9 @@ def test_a_coarser_slide_is_said_to_be(drawn, miniature, tmp_path, capsys) -> No
 
 def test_a_region_gives_the_density_and_the_page_shows_the_slide(slide, miniature, tmp_path) -> None:
     region = files.features([(0.0, 0.0)], "Tumor")[0] | {"id": "region", "geometry": files.square(800, 500, 400)}
-    detections = files.write_json(tmp_path / "a.geojson", [*files.features(PLACES), region])
+    detections = files.write_json(
+        tmp_path / "a.geojson", [*files.features(PLACES), region, region]
+    )  # as in two exports of one slide
     summary, page = tmp_path / "s.csv", tmp_path / "r.html"
     options = ["--slide", slide, "--region", "tumor", "--summary", summary, "--report", page]
     assert run(miniature, detections, *options) == 0

@@ -104,7 +104,7 @@ def test_a_card_of_two_members(made: Path, tmp_path: Path) -> None:
     content = json.loads((made / "ensemble.json").read_text())
     member = {key: content[key] for key in ("backbone", "folds", "licence", "preprocess", "tta")}
     other = member | {"backbone": "dinov3-vits16", "licence": OPEN | {"base_source": "hf-hub:timm/some.model"}}
-    parts = {"a": {"data": {"sets": {"AMi-Br": 1}}}, "b": {"data": {"sets": {"plain CSV": 1, "MIDOG25": 1}}}}
+    parts = {"a": {"data": {"sets": {"AMi-Br": 1}}}, "b": {"data": {"sets": {"clinic_2024": 1, "MIDOG25": 1}}}}
     content |= {"format": 2, "members": [member, other], "provenance": {"members": parts, "out_of_fold": SCORES}}
     (tmp_path / "ensemble.json").write_text(json.dumps(content))
     about = metadata(tmp_path).to_dict()
@@ -244,6 +244,9 @@ def test_a_licence_goes_with_its_adapters(shared: Path) -> None:
     (shared / "LICENSE.md").write_text("its text")
     write_card(shared)
     assert "LICENSE.md" in files_to_send(shared)
+    edit(shared, lambda content: content["licence"].update(adapters="CC-BY-NC-ND-4.0"))
+    with pytest.raises(UserError, match="is under CC-BY-NC-ND-4.0"):
+        files_to_send(shared)
 
 
 def test_a_hub_that_refuses(shared: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -258,6 +261,12 @@ def test_a_hub_that_refuses(shared: Path, hub: Hub, monkeypatch: pytest.MonkeyPa
     repository.commits[-1][1]["fold2/adapter_config.json"] = b"{}"
     assert main(command) == 1 and "holds fold2/adapter_config.json, which is no part" in capsys.readouterr().err
     del repository.commits[-1][1]["fold2/adapter_config.json"]
+    theirs = repository.commits[-1][1]["ensemble.json"]
+    repository.commits[-1][1]["ensemble.json"] = theirs.replace(b'"virchow"', b'"uni"').replace(
+        b'"name": "', b'"name": "not '
+    )
+    assert main(command) == 1 and "holds the ensemble not " in capsys.readouterr().err
+    repository.commits[-1][1]["ensemble.json"] = theirs
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert main(command) == 1 and "run 'hf auth login'" in capsys.readouterr().err
     assert len(repository.commits) == 1
