@@ -6,13 +6,12 @@ The token is the hub client's own business: `hf auth login`, or HF_TOKEN.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
-from typing import Any
 
 from inference.backbones import lookup
 from inference.checksums import check_ensemble, sha256
 from inference.errors import UserError
-from inference.files import read_json
 from inference.hub import PREFIX, explain
 from inference.manifest import FILE, Manifest, load_manifest
 
@@ -84,8 +83,9 @@ def licence_texts(manifest: Manifest) -> set[str]:
     return texts
 
 
-def identity(content: Any) -> str:
-    """What stays the same from version to version of an ensemble: its name and its backbones."""
+def identity(file: Path) -> str:
+    """What stays the same from version to version of the ensemble in a manifest: its name and its backbones."""
+    content = json.loads(file.read_bytes())
     members = content.get("members", [content])
     return f"{content.get('name')} ({' + '.join(str(member.get('backbone')) for member in members)})"
 
@@ -110,8 +110,8 @@ def send(repository: str, files: dict[str, Path], manifest: Manifest) -> str:
                 "empty repository or an earlier version; remove it there, or name another"
             )
         if FILE in there:
-            theirs = identity(read_json(Path(hf_hub_download(repository, FILE, revision=about.sha))))
-            if theirs != (ours := identity(read_json(files[FILE]))):
+            theirs = identity(Path(hf_hub_download(repository, FILE, revision=about.sha)))
+            if theirs != (ours := identity(files[FILE])):
                 raise UserError(
                     f"{repository} holds the ensemble {theirs}; expected an empty repository or an earlier version of "
                     f"{ours}; name another"

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from inference.cluster.records import read_shard
-from inference.cluster.shards import UNREADABLE, plan, source_of
+from inference.cluster.shards import UNREADABLE, plan, resolve, source_of
 from inference.errors import UserError
 from test.support import commands
 from test.support.shard_files import CROPS, arguments, run, write_folder, write_parquet, write_tar
