@@ -38,8 +38,8 @@ def local_folder(place: Path) -> Path:
         _fetch(repository, commit, file.relative_to(folder).as_posix())
         if (digest := sha256(file)) != expected:
             raise UserError(
-                f"{file.resolve()} has SHA-256 {digest}; {FILE} of {PREFIX}{repository}@{commit} expects {expected}; "
-                "remove the file to fetch it again, and do not use the repository if that changes nothing"
+                f"{file} has SHA-256 {digest}; {FILE} of {PREFIX}{repository}@{commit} expects {expected}; "
+                f"remove {file.resolve()} to fetch it again, and do not use the repository if that changes nothing"
             )
     return folder
 
