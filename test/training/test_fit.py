@@ -301,7 +301,7 @@ def test_tensorboard_reads_the_scalars(run_fold, tmp_path):
 
 
 def test_precisions_that_cannot_be(monkeypatch):
-    with pytest.raises(UserError, match="'fp8' is not known"):
+    with pytest.raises(UserError, match="'fp8' is unknown"):
         settle_precision(recipe("precision=fp8"), Path())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="fp16 needs a GPU"):
