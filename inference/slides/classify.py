@@ -3,8 +3,8 @@
 Reads what QuPath and other programs write, scores a crop around each object, and writes GeoJSON for QuPath, tables and
 a report. Crops are never written. A run that is stopped is resumed by the same command.
 
-Exit code 0 when every object was scored, 1 when nothing could be done, 3 when some could not: each is named on stderr
-with the reason, and all others are in the results.
+Exit code 0 when every object was scored, 1 when nothing could be done, 3 when some could not be scored: each is
+named on stderr with the reason, and all others are in the results.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def report(running: Run, found: Collected, seconds: float) -> None:
-    """What was found, on stdout: a line a slide, and the sum."""
+    """Print what was found: a line per slide, and the sum."""
     for one in running.summaries:
         low, high = statistics.wilson(one.atypical, one.figures)
         spot = f"; hot spot of 2 mm²: {one.hottest.count:,}" if one.hottest else ""

@@ -25,7 +25,7 @@ def judge(run: Run, pages: int) -> tuple[list[dict[str, Any]] | None, list[Check
     Returns: the answers as the evaluator sees them (None when it gets none), and what was found.
     """
     findings = judge_end(run)
-    findings += judge_logs(run.stdout, run.stderr if passed(findings) else b"")  # a failure's last line is known
+    findings += judge_logs(run.stdout, run.stderr if passed(findings) else b"")  # else it is reported already
     if not passed(findings):
         return None, findings
     answers, found = read_answers(run.output, pages)
