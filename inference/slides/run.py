@@ -52,7 +52,7 @@ def score_here(works: Iterable[Work], ensemble: Ensemble, pool: ThreadPoolExecut
 
 
 class Run:
-    """What was scored of each slide, and how many objects were not."""
+    """The scored objects of each slide, and the names of those that were not scored."""
 
     def __init__(self, options: argparse.Namespace, manifest: Manifest) -> None:
         self.options, self.manifest = options, manifest
@@ -82,14 +82,14 @@ class Run:
         print(f"not scored: {' '.join(line.split())}", file=self.stream, flush=True)
 
     def lose(self, file: Path, targets: Sequence[Target], error: UserError) -> None:
-        """All objects of a slide; those that have a reason of their own keep it."""
+        """Report all objects of a slide as failed; those with a reason of their own keep it."""
         rest = [target.name for target in targets if target.name not in self.failed]
         self.failed.update(rest)
         self.incomplete = True
         self.say(f"{file} ({len(rest):,} detection{'s' * (len(rest) > 1)}): {error}")
 
     def opened(self, found: Collected, about: Sequence[str], journal: Journal) -> Iterator[Work]:
-        """One slide after another, when its turn comes."""
+        """One slide after another, each opened when it is asked for."""
         for file, targets in found.slides.items():
             try:
                 pictures = self.options.report is not None
@@ -101,7 +101,7 @@ class Run:
             yield work
 
     def score(self, found: Collected, journal: Journal) -> None:
-        """All slides. UserError where nothing can be scored here, or on the cluster that was asked for."""
+        """Score all slides. UserError where nothing can be scored here, or on the cluster that was asked for."""
         if self.options.ray:
             from .cluster import there
 
@@ -126,7 +126,7 @@ class Run:
         self.results = [scored for work in self.works if not work.lost and (scored := work.scored()).targets]
 
     def write(self, found: Collected) -> None:
-        """All results that were asked for. OSError where one cannot be written."""
+        """Write all results that were asked for. OSError where one cannot be written."""
         options, manifest, results = self.options, self.manifest, self.results
         if not results:
             raise UserError(f"none of {found.total:,} detections could be scored; each is named above")
