@@ -120,8 +120,11 @@ def is_there(file: Path) -> bool:
 class Run:
     """Cuts slide after slide. An OSError means that the output cannot be written, and ends the run."""
 
-    options: argparse.Namespace
-    settings: dict[str, object]
+    output: Path
+    side: int  # pixels of a crop
+    mpp: float  # of a crop
+    slide_mpp: float | None  # of slides that do not state it
+    settings: dict[str, object]  # what crops in the folder must agree on
     files: dict[str, str]  # identity of each slide, by name
     progress: Progress
     pool: ThreadPoolExecutor
@@ -139,7 +142,7 @@ class Run:
         """Write the n-th crop, in any thread."""
         data = io.BytesIO()
         crop.save(data, "PNG")
-        file = self.options.output / missing[n].path
+        file = self.output / missing[n].path
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, data.getvalue())
 
@@ -147,16 +150,16 @@ class Run:
         """All crops of one slide that are not there yet. UserError where the slide cannot be read."""
         if self.files.setdefault(name, identity(file)) != identity(file):
             raise UserError("it changed since crops of it were cut; expected the same slide; name another folder")
-        keep_settings(self.options.output, self.settings, self.files)
-        missing = [detection for detection in detections if not is_there(self.options.output / detection.path)]
+        keep_settings(self.output, self.settings, self.files)
+        missing = [detection for detection in detections if not is_there(self.output / detection.path)]
         self.done.update(set(detections).difference(missing))
         if not missing:
             return
-        slide = Slide(file, self.options.mpp, self.options.slide_mpp)
+        slide = Slide(file, self.mpp, self.slide_mpp)
         if min(slide.level.scale) < 1:
             self.coarse.append(f"{name} (by {1 / min(slide.level.scale):.3g})")
         places = [(detection.x, detection.y) for detection in missing]
-        errors = slide.each(places, self.options.side, partial(self.keep, missing), self.pool)
+        errors = slide.each(places, self.side, partial(self.keep, missing), self.pool)
         for detection, error in zip(missing, errors, strict=True):
             if error:
                 self.complain(f"{detection.slide} at {detection.where}: {error}", [detection])
@@ -166,7 +169,7 @@ class Run:
             self.progress.show(len(self.done) + len(self.failed), self.new + len(self.failed), self.new)
 
     def write_table(self, detections: Sequence[Detection], others: Sequence[str]) -> Path:
-        file: Path = self.options.output / TABLE
+        file = self.output / TABLE
         text = io.StringIO(newline="")
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["path", *REQUIRED, *others])
@@ -193,7 +196,8 @@ def run(options: argparse.Namespace) -> int:
         "slides": str(folder.resolve()),
     }
     with claimed(options.output, settings) as files, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        cutting = Run(options, settings, files, Progress(len(detections), "detections"), pool)
+        progress = Progress(len(detections), "detections")
+        cutting = Run(options.output, options.side, options.mpp, options.slide_mpp, settings, files, progress, pool)
         for problem in problems:
             cutting.complain(problem)
         try:
