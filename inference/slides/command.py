@@ -147,7 +147,7 @@ class Run:
         write_whole(file, data.getvalue())
 
     def cut(self, name: str, file: Path, detections: Sequence[Detection]) -> None:
-        """All crops of one slide that are not there yet. UserError where the slide cannot be read."""
+        """Cut all crops of one slide that do not exist yet. UserError where the slide cannot be read."""
         if self.files.setdefault(name, identity(file)) != identity(file):
             raise UserError("it changed since crops of it were cut; expected the same slide; name another folder")
         keep_settings(self.output, self.settings, self.files)
