@@ -1,1 +1,1 @@
-"""Measurements, side by side with what is usual and with what the machine could do. Random weights; see README.md."""
+"""Measurements, beside the usual way and the machine's limits. Random weights; see README.md."""

@@ -32,12 +32,12 @@ from test.support.ray_cluster import cluster
 from .cold_start import ROOT, machine
 
 CACHE = ROOT / ".cache" / "benchmarks"
-SHARD = 20  # crops of a shard where workers are compared: many even at a dozen crops a second
+SHARD = 20  # crops per shard when workers are compared: many shards even at a dozen crops a second
 DISTINCT = 512  # generated crops; a larger data set repeats them
 
 
 def make_shards(folder: Path, crops: int, files: int) -> Path:
-    """Parquet files of `crops` generated crops (128 x 128, JPEG, 5 kB each) together, in row groups of 1,024."""
+    """Parquet files with `crops` generated crops in all (128 x 128, JPEG, 5 kB each), in row groups of 1,024."""
     if folder.exists():
         return folder
     rng = np.random.default_rng(0)
@@ -109,7 +109,7 @@ class Memory(threading.Thread):
 
 
 def score(data: Path, output: Path, cores: int, *more: object) -> tuple[float, float, list[dict[str, float]]]:
-    """Seconds of the whole command, of it after the first shard, and memory samples; a worker for each core."""
+    """Seconds of the whole command and after the first shard, and memory samples; one worker per core."""
     with cluster(cores) as (address, pid):
         command = [
             sys.executable,
@@ -148,7 +148,7 @@ def workers(options: argparse.Namespace) -> dict[str, Any]:
                 seconds, steady, _ = score(data, Path(folder) / "out", cores)
             known.append((seconds, steady))
             print(f"{cores} workers: {seconds:.1f} s, of these {steady:.1f} s after the first shard", flush=True)
-    # what is left after the first shard; n workers end n shards at about that time
+    # what remains after the first shard; n workers finish n shards at about that time
     rates = {n: max((options.crops - n * SHARD) / steady for _, steady in known) for n, known in runs.items()}
     whole = {n: options.crops / min(seconds for seconds, _ in known) for n, known in runs.items()}
     print(
@@ -159,7 +159,7 @@ def workers(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def memory(options: argparse.Namespace) -> dict[str, Any]:
-    """Memory over many crops, after the first tenth, in which the workers fill their caches."""
+    """Memory over many crops, without the first tenth, during which the workers fill their caches."""
     data = make_shards(CACHE / f"cluster-{options.crops}", options.crops, max(1, options.crops // 10_000))
     with TemporaryDirectory() as folder:
         ensemble = make_tiny(CACHE / "random-tiny")
@@ -181,7 +181,7 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def estimate(options: argparse.Namespace) -> dict[str, Any]:
-    """Hours on N GPUs, and what the storage and the driver have to bear meanwhile."""
+    """Hours on N GPUs, and the load on the storage and the driver."""
     shards = -(-options.crops // 4096)
     result = []
     for gpus in options.gpus:

@@ -40,7 +40,7 @@ print(status, time.perf_counter() - start, usage.ru_maxrss * 1024, file=sys.stde
 def timed(command: list[str]) -> tuple[float, int]:
     """(wall seconds, peak resident bytes) of a process that must succeed.
 
-    A small process starts it: Linux counts what the starting process holds into the peak of the one that it starts.
+    A small process starts it, because Linux counts the memory of the parent into the peak of the child.
     """
     launcher = [sys.executable, "-S", "-c", LAUNCH, *command]
     done = subprocess.run(launcher, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=True)
@@ -72,7 +72,7 @@ def run_ours(ensemble: Path, job: Path, out: Path, device: str, precision: str) 
     ]
     wall, memory = timed(command)
     found = json.loads(details.read_text())
-    # read, fused and converted layer by layer, as the first pass comes to them
+    # read, fused and converted layer by layer, as the first pass reaches them
     weights = sum(member["weights_seconds"] for member in found["members"])
     found["seconds"] |= {"weights": weights, "forward": found["seconds"].pop("predict") - weights}
     return found | {"wall": wall, "memory": memory, "p_atypical": [page["p_atypical"] for page in found["pages"]]}
@@ -86,7 +86,7 @@ def run_plain(kind: str, folder: Path, job: Path, out: Path) -> dict[str, Any]:
 
 
 def measure(backbone: str, crops: int, device: str, precision: str, repeats: int, cache: Path) -> dict[str, Any]:
-    """All figures of one comparison; seconds are medians over `repeats` runs in turn, after one of each to warm up."""
+    """All numbers of one comparison; seconds are medians over `repeats` alternating runs, after a warm-up of each."""
     job, out = workload.make_input(crops, cache), cache / "output"
     out.mkdir(parents=True, exist_ok=True)
     default = backbone == "default"

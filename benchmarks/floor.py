@@ -25,7 +25,7 @@ def import_seconds(repeats: int = 3) -> float:
 
 
 def read_rate(file: Path) -> float:
-    """Bytes per second of reading `file` once more, as warm as the runs beside it find it."""
+    """Bytes per second of reading `file` again, as warm in the cache as for the runs that it is compared with."""
     buffer = bytearray(16 << 20)
     start = time.perf_counter()
     with file.open("rb", buffering=0) as stream:

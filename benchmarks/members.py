@@ -4,9 +4,9 @@
     python -m benchmarks.members --weights weights/mine
 
 Every run is a fresh process; alone and together take turns. In fp32 the answers must be the weighted mean of those of
-the members alone, to 1e-6: another answer ends the command. Backbones get random weights of the right shapes. The
-platform's machine has 16 GB on host and GPU: `--backbones virchow dinov3-vith16plus uni` says what is left of it, on
-the GPU by the sizes of the tensors where there is none.
+the members alone, to 1e-6: otherwise the command ends with an error. Backbones get random weights of the right shapes.
+The platform's machine has 16 GB on host and GPU: `--backbones virchow dinov3-vith16plus uni` says how much is left;
+without a GPU, that part is computed from the sizes of the tensors.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PLATFORM = 16e9  # bytes, of host memory and of a T4's
 
 
 def alone(ensemble: Path, cache: Path) -> list[Path]:
-    """A folder for each member of `ensemble`, in links, as an ensemble of its own."""
+    """A folder for each member of `ensemble`, made of links, as an ensemble of its own."""
     content = json.loads((ensemble / "ensemble.json").read_text())
     manifest = load_manifest(ensemble)
     folders = []
@@ -50,7 +50,7 @@ def alone(ensemble: Path, cache: Path) -> list[Path]:
 
 
 def difference(runs: Sequence[dict[str, Any]], manifest: Manifest) -> float:
-    """Largest difference of P(atypical) of the last run, of all members, from the weighted mean of each alone."""
+    """Largest difference of the last run's P(atypical) by all members from the weighted mean of each alone."""
     *each, together = (np.array(run["p_atypical"]) for run in runs)
     share = [member.weight for member in manifest.members]
     if manifest.averaging == "probability":
@@ -61,14 +61,14 @@ def difference(runs: Sequence[dict[str, Any]], manifest: Manifest) -> float:
 
 
 def gpu_bytes(member: Member) -> int:
-    """Bytes of a member's tensors on a GPU in fp16 or bf16: what no fold changes once, the rest once for each fold."""
+    """Bytes of a member's tensors on a GPU in fp16 or bf16: those that no fold changes once, others per fold."""
     weights = Weights(member.base, list(member.folds), torch.device("cpu"), torch.float16)
     sizes = {name: torch.Size(weights.shape(name)).numel() for name in weights.names}
     return 2 * sum(size * (len(member.folds) if name in weights.adapted else 1) for name, size in sizes.items())
 
 
 def measure(ensemble: Path, crops: int, device: str, precision: str, repeats: int, cache: Path) -> dict[str, Any]:
-    """Seconds are medians over `repeats` runs in turn, after one of each in fp32; peaks are the largest."""
+    """Seconds are medians over `repeats` alternating runs, after one of each in fp32; peaks are maxima."""
     job, out = workload.make_input(crops, cache), cache / "output"
     out.mkdir(parents=True, exist_ok=True)
     manifest = load_manifest(ensemble)

@@ -1,9 +1,9 @@
 """The plain path, as published containers do it: `python -m benchmarks.plain KIND FOLDER STACK OUT`.
 
 foundation: for each fold build the backbone with random initialisation, unpickle the fp32 base, merge with PEFT; then
-every crop alone through every fold, in fp32 (resized as we do it, so that the answers can be compared). reference: the
-official container's way, torchvision and timm, one EfficientNetV2-M from a .pth at 224 px, crops one by one. Writes
-seconds by phase and the probabilities as JSON.
+run every crop alone through every fold in fp32 (resized as in our path, so that the answers can be compared).
+reference: as the official container does, torchvision and timm, one EfficientNetV2-M from a .pth at 224 px, crops one
+by one. Both write seconds by phase and the probabilities as JSON.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How much of a pass all folds share: `python -m benchmarks.shared_pass [BACKBONE] [--seconds]`.
 
-Folds that adapt only the upper blocks of a transformer share everything below. Operations are counted on PyTorch's meta
-device, which needs no weights and computes nothing: those of one pass with three folds, and of three separate passes.
+Folds that adapt only the upper blocks of a transformer share everything below. The operations of one pass with three
+folds, and of three separate passes, are counted on PyTorch's meta device, which needs no weights and computes nothing.
 --seconds also measures both on the CPU with random weights, which takes the memory of three folds.
 """
 
@@ -58,7 +58,7 @@ class RandomWeights:
 
 
 def run(backbone: str, first: int, folds: int, device: str, crops: int = 1, **overrides: Any) -> tuple[int, float]:
-    """Operations and seconds of one pass with `folds` folds that adapt the blocks from `first` on."""
+    """Operations and seconds of one pass with `folds` folds that adapt all blocks from `first` on."""
     row = lookup(backbone)
     weights: Any = RandomWeights(backbone, first, folds, device, **overrides)
     x = torch.zeros(crops, 3, row.size, row.size, device=device)
@@ -77,7 +77,7 @@ def operations(backbone: str, first: int, folds: int, **overrides: Any) -> int:
 
 
 def shared(one: float, all_folds: float, folds: int) -> float:
-    """The share of one fold's work that a pass does once for all: with s shared, all = s + folds (one - s)."""
+    """The share of one fold's work that a pass does only once: with s shared, all = s + folds (one - s)."""
     return (folds * one - all_folds) / ((folds - 1) * one)
 
 

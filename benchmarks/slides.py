@@ -1,8 +1,8 @@
 """How much slower is a slide than its crops in memory? `python -m benchmarks.slides`: 10,000 detections on one slide.
 
 Scores the same crops twice: from memory, and with `python -m inference slides` from a generated slide of 0.25 um/px
-(deflate-compressed tiles of 256 pixels of noise, which is the slowest to decode). Prints seconds on the clock and of
-all cores (which other busy processes do not change), the ratio of each, and by how much the peak of memory grew.
+(deflate-compressed tiles of 256 pixels of noise, which is the slowest to decode). Prints wall seconds and
+processor seconds (which other busy processes do not change), the ratio of each, and the growth of peak memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from test.support.pyramids import write_slide
 
 
 def clocks() -> np.ndarray:
-    """Seconds (2,) of the clock, and of all cores that this process used."""
+    """Seconds (2,): on the clock, and of processor time used by this process on all cores."""
     return np.array([time.perf_counter(), time.process_time()])
 
 

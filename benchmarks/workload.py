@@ -26,7 +26,7 @@ RANK, ALPHA, FOLDS = 8, 16.0, 3
 def make(backbone: str, cache: Path) -> Path:
     """An ensemble folder under `cache`: a random fp16 base, three random rank-8 qkv adapters; the base in fp32 beside.
 
-    The base's values are rounded to fp16 in both files, so that the plain path and ours compute with the same numbers.
+    The base's values are rounded to fp16 in both files, so that the plain path and ours compute with the same weights.
     """
     from training.lora import lora_model
 
@@ -91,7 +91,7 @@ def make(backbone: str, cache: Path) -> Path:
 
 
 def make_mixed(backbones: Sequence[str], cache: Path) -> Path:
-    """An ensemble folder under `cache` whose members are the random ensembles of `make`, in links to their files."""
+    """An ensemble folder under `cache` whose members are the random ensembles of `make`, as links to their files."""
     folder = cache / "+".join(backbones)
     if (folder / "ensemble.json").exists():
         return folder

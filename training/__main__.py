@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
-    except ModuleNotFoundError as error:  # .venv of a job's requirements alone
+    except ModuleNotFoundError as error:  # a .venv with a job's requirements only
         advice = "run ./build.sh --engine native --requirements requirements/train.txt"
         print(f"error: package {error.name} is not installed; training needs it; {advice}", file=sys.stderr)
         return FAILED

@@ -1,7 +1,7 @@
-"""A batch of crops as training shows it: warped, recoloured, blurred, and in part covered or mixed.
+"""A batch of crops as training uses it: warped, recoloured, blurred, and some covered in part or mixed.
 
-Every draw comes from one generator, so a batch is the same in every process and thread of a run. What is off draws
-nothing and changes nothing. N crops, S side of the network's input.
+Every draw comes from one generator, so a batch is the same in every process and thread of a run. An augmentation that
+is off draws nothing and changes nothing. N crops, S side of the network's input.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def augment(crops: Sequence[Canvas], preprocess: Preprocess, a: Augment, g: torc
 
 
 def cutout(rgb: torch.Tensor, a: Augment, g: torch.Generator) -> torch.Tensor:
-    """A square of a share of the crops replaced by the crop's mean colour; never the middle, where the figure is."""
+    """In a share of the crops, a square gets the crop's mean colour; never the middle, where the figure is."""
     n, _, _, size = rgb.shape
     half = uniform(n, 0.05, max(a.cutout, 0.05), g) * size / 2
     angle = uniform(n, -math.pi, math.pi, g)

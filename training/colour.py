@@ -33,7 +33,7 @@ def to_density(rgb: torch.Tensor) -> torch.Tensor:
 
 
 def macenko(rgb: torch.Tensor, strength: float, g: torch.Generator) -> torch.Tensor:
-    """The crop's own two stains (Macenko et al. 2009) scaled and shifted; what they do not explain stays as it is."""
+    """The crop's own two stains (Macenko et al. 2009) scaled and shifted; the residual stays as it is."""
     n = len(rgb)
     scale = uniform(2 * n, -strength, strength, g).view(n, 2)
     shift = uniform(2 * n, -strength, strength, g).view(n, 2) / 5
@@ -49,7 +49,7 @@ def macenko(rgb: torch.Tensor, strength: float, g: torch.Generator) -> torch.Ten
 
 
 def stain_vectors(density: torch.Tensor) -> torch.Tensor | None:
-    """The two stains (3, 2) of one crop's optical density (3, pixels), unit length; None where it is hardly stained."""
+    """The two stains (3, 2) of one crop's optical density (3, pixels), unit length; None if it has hardly any."""
     tissue = density[:, (density > TISSUE).all(0)]
     if tissue.shape[1] < FEWEST:
         return None

@@ -1,7 +1,7 @@
 """Make one ensemble of the members of several runs and ensembles, calibrated together on their out-of-fold logits.
 
-All members with eight views and equal weights are the start. A member or views are left out, and weights or the way
-of averaging changed, only where scores that leave one fold out say that it pays.
+It starts with all members, eight views and equal weights. Members or views are left out, and the weights or the kind of
+mean changed, only if leave-one-fold-out scores show that it pays.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
     if len(found) > MAX_MEMBERS:
         raise UserError(f"found {len(found)} members; expected at most {MAX_MEMBERS}; leave some out")
     bases = list(dict.fromkeys(one.base for one in found))
-    found.sort(key=lambda one: bases.index(one.base))  # members with one base side by side: it is freed after them
+    found.sort(key=lambda one: bases.index(one.base))  # groups members by base, which is freed after them
     for one in found:
         if one.base.parent.resolve() != BASES.resolve() and not options.include_base:
             raise UserError(f"{one.base} would not be found; expected it in {BASES}; use --include-base, or move it")
@@ -134,7 +134,7 @@ def weigh(
 def in_order(
     joint: Joint, names: Sequence[str], seconds: Seconds, budget: float | None
 ) -> Iterator[tuple[Choice, list[Step]]]:
-    """What to ship, with the decisions that led there, the best first; only one without a budget."""
+    """Choices to ship, each with the decisions that led to it, the best first; without a budget only one."""
     if budget is None:
         everyone = tuple(range(len(names)))
         choice, simpler = simplify(joint, Choice(everyone, ("d4",) * len(names)), names)
@@ -156,7 +156,7 @@ def in_order(
 def write_ensemble(
     folder: Path, found: Sequence[Candidate], choice: Choice, calibration: Calibration, name: str
 ) -> dict[str, Any]:
-    """Write the chosen members to a new ensemble folder, their bases as links; returns the manifest."""
+    """Write the chosen members to a new ensemble folder, with links to their bases; returns the manifest."""
     folder.mkdir()
     entries = []
     for place, member in enumerate(choice.members):
@@ -190,7 +190,7 @@ def time_members(draft: Path, found: Sequence[Candidate], job: Path, device: str
     for tta in TTA_VIEWS:
         choice = Choice(everyone, (tta,) * len(found))
         manifest = write_ensemble(draft, found, choice, Calibration.plain(len(found)), "draft")
-        for entry in manifest["members"]:  # the final ensemble names what was measured; it hardly ever refuses one
+        for entry in manifest["members"]:  # not measured yet; hardly any is ever refused
             entry["precision"] = {"fp32": 0.0, "bf16": 0.0, "fp16": 0.0}
         write_manifest(draft, manifest)
         wall, details = cold_start(draft, job, device)

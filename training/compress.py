@@ -1,7 +1,7 @@
 """gzip on all cores, with progress: `docker save IMAGE | python -m training.compress --total BYTES >IMAGE.tar.gz`.
 
 Standard library only, so that it runs where the image is built. The output is one ordinary gzip stream, as pigz writes
-it: blocks are compressed side by side, each knows the 32 KiB before it, and ends on a byte.
+it: blocks are compressed in parallel, each knows the 32 KiB before it, and each ends on a byte boundary.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO
 
 BLOCK = 1 << 20  # bytes
-WINDOW = 1 << 15  # bytes that deflate looks back
+WINDOW = 1 << 15  # bytes that deflate can refer back to
 HEADER = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"  # no name and no time: the same bytes give the same file
-LEVEL = 4  # takes two thirds of the default level's time for one per cent more bytes
+LEVEL = 4  # two thirds of the default level's time, for one per cent more bytes
 
 
 def deflate(block: bytes, before: bytes, level: int) -> bytes:
@@ -30,7 +30,7 @@ def deflate(block: bytes, before: bytes, level: int) -> bytes:
 def compress(
     source: IO[bytes], target: IO[bytes], total: int = 0, level: int = LEVEL, threads: int | None = None
 ) -> int:
-    """Compresses `source` to `target`; returns the bytes read. `total` > 0 prints how far it is to stderr."""
+    """Compresses `source` to `target`; returns the bytes read. `total` > 0 prints progress to stderr."""
     threads = threads or len(os.sched_getaffinity(0))
     crc = size = 0
     before = b""

@@ -1,4 +1,4 @@
-"""One table of labelled crops out of any number of data sets: found, checked, merged without copies, hashed."""
+"""One table of labelled crops from any number of data sets: found, checked, merged without copies, hashed."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ __all__ = ["Crop", "ami_br", "describe", "load_data", "load_set", "table_hash"]
 def load_data(places: Sequence[Path], report: Callable[[str], object] = print) -> list[Crop]:
     """The merged table of the data sets in `places`, each a folder in its published layout or a CSV.
 
-    Every crop is opened: no two crops of the table have the same pixels, so no copy can lie on both sides of a split.
+    Every crop is opened: no two crops of the table have the same pixels, so no copy can be on both sides of a split.
 
-    report: gets one line for everything left out, merged or odd
+    report: called with a line for everything left out, merged or odd
     Raises UserError where a set is missing, broken or contradicts itself or another.
     """
     sets = [load_set(place) for place in places]
@@ -44,7 +44,7 @@ def ami_br(folder: Path) -> list[Crop]:
 
 
 def load_set(place: Path) -> tuple[Layout, list[Crop], list[str]]:
-    """(layout, crops, notes) of one data set. UserError where it is not there, not known or lacks crops."""
+    """(layout, crops, notes) of one data set. UserError where it is missing, unknown or lacks crops."""
     file, layout, rows = find_table(place)
     notes: list[str] = []
     crops = layout.load(file, rows, notes)
@@ -67,7 +67,7 @@ def load_set(place: Path) -> tuple[Layout, list[Crop], list[str]]:
 
 
 def find_table(place: Path) -> tuple[Path, Layout, list[Row]]:
-    """(file, layout, rows) of the data set in `place`: the CSV whose columns tell a layout, or a folder without one."""
+    """(file, layout, rows) of the data set in `place`: a CSV with a layout's columns, or a folder without one."""
     if not place.exists():
         raise UserError(f"{place} does not exist; {_where_published(place)}")
     files = [place] if place.is_file() else sorted(place.glob("*.csv"))
@@ -103,7 +103,7 @@ def _read_csv(file: Path) -> tuple[set[str], list[Row]]:
 
 
 def _where_published(place: Path) -> str:
-    """What is expected in `place`, for the data set that its name resembles, or for any."""
+    """What is expected in `place`, for the data set that its name resembles, or for all."""
     letters = re.sub(r"[^a-z0-9]", "", place.name.lower())
     for layout in LAYOUTS:
         key = re.sub(r"[^a-z0-9]", "", layout.name.split(" (")[0].lower())
@@ -113,9 +113,9 @@ def _where_published(place: Path) -> str:
 
 
 def without_overlap(crops: list[Crop], report: Callable[[str], object]) -> list[Crop]:
-    """The crops without MIDOG25's copies of AMi-Br: its breast regions carry the names of MIDOG21's, 002 to 150.
+    """The crops without MIDOG25's copies of AMi-Br: its breast regions have the names of MIDOG21's, 002 to 150.
 
-    Merged as they are, each of these 1,721 figures would count twice and could be on both sides of a split.
+    Without this, each of these 1,721 figures would count twice and could be on both sides of a split.
     """
     rois = {crop.group.removeprefix("MIDOG21/") for crop in crops if crop.group.startswith("MIDOG21/")}
     breast = [
@@ -182,7 +182,7 @@ def without_copies(crops: list[Crop], report: Callable[[str], object]) -> list[C
 
 
 def table_hash(crops: Sequence[Crop]) -> str:
-    """SHA-256 of the table without its paths: the same data give the same hash on every machine."""
+    """SHA-256 of the table without its paths: the same data have the same hash on every machine."""
     lines = (f"{c.name}\t{c.label}\t{c.group}\t{c.domain}\t{' '.join(map(str, c.votes))}\n" for c in crops)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""List the known data sets with their sources and layouts, or check those that are here and how they merge."""
+"""List the known data sets with their sources and layouts, or check those on this machine and how they merge."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def catalogue() -> str:
-    """What is known of every layout, as text."""
+    """A description of every known layout, as text."""
     lines = []
     for layout in LAYOUTS:
         counts = f": {layout.crops:,} crops, {layout.atypical:,} atypical" if layout.crops else ""

@@ -112,7 +112,7 @@ def provenance(run: Path, settings: dict[str, Any], calibration: dict[str, Any])
 
 
 def some_crops(run: Path) -> list[np.ndarray]:
-    """Crops of a run to measure on, drawn from all of its folds."""
+    """Crops of a run for measurements, drawn from all of its folds."""
     with (run / "split.csv").open(newline="") as lines:
         paths = [Path(row["path"]) for row in csv.DictReader(lines)]
     chosen = np.random.default_rng(0).permutation(len(paths))[:DRIFT_CROPS]

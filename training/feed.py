@@ -1,4 +1,4 @@
-"""What a training step is fed: the crops of a fold, augmented in batches, with targets and loss weights."""
+"""The input of training steps: the crops of a fold, augmented in batches, with targets and loss weights."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def generator(*numbers: int) -> torch.Generator:
 
 
 def epoch_order(crops: Sequence[Crop], sampling: str, g: torch.Generator) -> torch.Tensor:
-    """Indices of one epoch: each crop once, or drawn so that every class or domain x class comes equally often."""
+    """Indices of one epoch: each crop once, or drawn so that every class or domain x class occurs equally often."""
     if sampling == "shuffle":
         return torch.randperm(len(crops), generator=g)
     return torch.multinomial(draw_weights(crops, sampling), len(crops), replacement=True, generator=g)
@@ -81,7 +81,7 @@ def loss_shares(recipe: Recipe, crops: Sequence[Crop]) -> tuple[dict[str, float]
 
 
 def targets(recipe: Recipe, crops: Sequence[Crop]) -> torch.Tensor:
-    """The target of each crop (N,): its label, mixed with the share of expert votes where the recipe says so."""
+    """The target of each crop (N,): its label, mixed with the share of expert votes if the recipe says so."""
     votes = [sum(crop.votes) / len(crop.votes) if crop.votes else crop.label for crop in crops]
     labels = torch.tensor([float(crop.label) for crop in crops])
     return labels + recipe.soft_labels * (torch.tensor(votes) - labels)
@@ -91,7 +91,7 @@ def targets(recipe: Recipe, crops: Sequence[Crop]) -> torch.Tensor:
 class Feed:
     """The training crops of fold `number` as batches; `rank` of `world` processes takes its share of each.
 
-    workers: threads that augment batches ahead; 0 augments each batch when it is asked for. The batches are the same.
+    workers: threads that augment batches ahead; 0 augments each batch on demand. The batches are the same.
     """
 
     recipe: Recipe
@@ -113,10 +113,10 @@ class Feed:
         return max(1, len(self.crops) // min(self.recipe.batch, len(self.crops)))
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of one epoch, each drawn from (seed, fold, epoch, step) alone, so in whatever thread."""
+        """The batches of one epoch, each drawn from (seed, fold, epoch, step) alone, so any thread may draw it."""
         numbers = (self.recipe.seed, self.number, epoch)
         order = epoch_order(self.crops, self.recipe.sampling, generator(*numbers))
-        # from 1: SeedSequence does not count trailing zeros
+        # from 1: SeedSequence ignores trailing zeros
         work = [(index, (*numbers, step)) for step, index in enumerate(batches(len(self.crops), self.recipe, order), 1)]
         if not self.workers:
             yield from (self._batch(index, generator(*seed)) for index, seed in work)
@@ -143,5 +143,5 @@ class Feed:
             rgb, target, weight = mixup(rgb, target, weight, recipe.augment.mixup, g)
         share = slice(self.rank, None, self.world)
         rgb = normalise(rgb[share], self.preprocess)
-        # shares of a batch may differ by one crop: their mean losses count by their size
+        # shares of a batch may differ by one crop, so their mean losses are weighted by size
         return Batch(rgb, target[share], weight[share] * (len(rgb) * self.world / len(index)))

@@ -28,7 +28,7 @@ from .splits import read_split, split, write_split
 
 
 def add_inputs(parser: argparse.ArgumentParser) -> None:
-    """The options that every command on a recipe and data takes."""
+    """The options of every command that takes a recipe and data."""
     parser.add_argument("--recipe", default="default", help="a name in training/recipes or a .toml file")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting of the recipe"
@@ -50,13 +50,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, metavar="N", help=about)
     about = "print parameters, memory, steps, FLOPs and hours, from a measurement of ten steps, and write nothing"
     parser.add_argument("--plan", action="store_true", help=about)
-    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # the process that --parallel is in
+    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # the process that runs --parallel
 
 
 def run(options: argparse.Namespace) -> None:
     if options.parent:
         die_with_parent()
-        if os.getppid() != options.parent:  # it was gone already
+        if os.getppid() != options.parent:  # it had ended already
             raise SystemExit(1)
     folder = options.run or Path("runs") / Path(options.recipe).stem
     recipe = settle_precision(load_recipe(options.recipe, options.set), folder)
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def run_parallel(options: argparse.Namespace, recipe: Recipe, folder: Path, base: Path) -> None:
-    """The folds in processes of their own. This one prepares the run folder and holds no image and no model."""
+    """Train each fold in its own process. This process prepares the run folder, and holds no images and no model."""
     if options.parallel < 1:
         raise UserError(f"--parallel {options.parallel}; expected the number of folds at once, 1 or more")
     if "LOCAL_RANK" in os.environ:
@@ -101,14 +101,14 @@ def run_parallel(options: argparse.Namespace, recipe: Recipe, folder: Path, base
 
 
 def fit(run: Run, only: Sequence[int] | None = None) -> None:
-    """All folds of a run, or `only` those numbers; finished ones are kept."""
+    """Train all folds of a run, or `only` those numbers; finished folds are kept."""
     fold = prepare(run)
     for number in choose(fold, only):
         fit_fold(run, fold, number)
 
 
 def choose(fold: np.ndarray, only: Sequence[int] | None) -> Sequence[int]:
-    """The numbers of a split's folds, or `only` those; UserError where one is not of this split."""
+    """The numbers of a split's folds, or `only` those; UserError where the split has no such fold."""
     numbers = sorted(set(fold.tolist()))
     for number in only or numbers:
         if number not in numbers:
@@ -119,7 +119,7 @@ def choose(fold: np.ndarray, only: Sequence[int] | None) -> Sequence[int]:
 
 
 def count_workers(asked: int | None) -> int:
-    """Threads that augment ahead: on a CPU none, since the forward pass keeps all cores busy; for a GPU up to eight."""
+    """Threads that augment ahead: none on a CPU, where the forward pass keeps all cores busy; up to eight for a GPU."""
     if asked is not None:
         if asked < 0:
             raise UserError(f"--workers {asked}; expected the number of threads that augment ahead, 0 or more")
@@ -130,7 +130,7 @@ def count_workers(asked: int | None) -> int:
 
 
 def settle_precision(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with a precision in place of "auto": the one that the run was begun in, or the hardware's own."""
+    """The recipe with a precision in place of "auto": the run's own if it has begun, else the hardware's."""
     if recipe.precision not in ("auto", *PRECISIONS):
         raise UserError(
             f"recipe: precision {recipe.precision!r} is unknown; expected auto, {', '.join(PRECISIONS)}; change it"
@@ -180,14 +180,14 @@ def read_recipe(folder: Path) -> Recipe:
 
 
 def prepare(run: Run) -> np.ndarray:
-    """The folds of the run folder in every process; see `write_run`."""
+    """The folds of the run folder, in every process; see `write_run`."""
     return on_main(run.accelerator, lambda: write_run(run.folder, run.recipe, run.crops))
 
 
 def write_run(folder: Path, recipe: Recipe, crops: Sequence[Crop]) -> np.ndarray:
-    """The folds of the run folder, written with recipe and data if it is new; UserError where it is another run's.
+    """The folds of the run folder, written with recipe and data if new; UserError where it belongs to another run.
 
-    Each file appears whole or not at all, and comes out the same for all, so jobs of one run may start at once.
+    Each file appears whole or not at all, and is the same from every job, so jobs of one run may start at once.
     """
     folder.mkdir(parents=True, exist_ok=True)
     recipe_file, data_file, split_file = (folder / name for name in ("recipe.json", "data.json", "split.csv"))

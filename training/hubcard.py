@@ -1,6 +1,6 @@
 """The hub's part of an ensemble's card: the front matter of its README.md, made from its manifest and nothing else.
 
-`python -m training.hubcard ENSEMBLE...` writes it anew; the text below it stays. `export` and `combine` do the same.
+`python -m training.hubcard ENSEMBLE...` writes it again; the text below it stays. `export` and `combine` do the same.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .layouts import LAYOUTS
 CARD = "README.md"
 FRONT_MATTER = re.compile(r"\A---\n.*?^---\n", re.DOTALL | re.MULTILINE)
 TAGS = ["lora", "pathology", "histopathology", "mitosis", "atypical-mitotic-figures", "midog"]
-METRICS = {  # of `out_of_fold` in the provenance: the hub's name, and ours
+METRICS = {  # the hub's name, and ours in `out_of_fold` of the provenance
     "balanced_accuracy": ("balanced_accuracy", "balanced accuracy"),
     "auc": ("roc_auc", "AUC"),
     "sensitivity": ("recall", "sensitivity"),
@@ -36,8 +36,8 @@ METRICS = {  # of `out_of_fold` in the provenance: the hub's name, and ours
 class Terms:
     """What a base's licence means for adapters that were trained on it.
 
-    identifier: the hub's
-    text: the file of the ensemble's folder that must hold the licence itself, if it asks for that
+    identifier: the licence's on the hub
+    text: the file in the ensemble's folder that must hold the licence itself, if required
     forbidden: why the adapters may not be passed on, if so
     """
 
@@ -57,7 +57,7 @@ TERMS = {
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The manifest as it is, unchecked: bases need not be here to describe an ensemble."""
+    """The manifest as it is, unchecked: the bases are not needed to describe an ensemble."""
     file = folder / FILE
     try:
         content = json.loads(file.read_bytes())
@@ -72,16 +72,16 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def base_model(member: dict[str, Any]) -> str:
-    """The hub's name of the weights that were adapted, or the backbone's own where they are from another place.
+    """The hub's name of the adapted weights, or the backbone's own name if they are from another place.
 
-    A copy on the hub that may be the same is not claimed to be it.
+    A copy on the hub that may be the same is not claimed to be the one used.
     """
     source = str(member["licence"].get("base_source", ""))
     return source.removeprefix("hf-hub:") if source.startswith("hf-hub:") else str(member["backbone"])
 
 
 def data_sets(manifest: dict[str, Any]) -> list[str]:
-    """Names of the data sets that were trained on, where they are published ones."""
+    """Names of the published data sets that were trained on."""
     provenance = manifest.get("provenance", {})
     parts = [provenance, *provenance.get("members", {}).values()]
     found = [name for part in parts for name in part.get("data", {}).get("sets", {})]
@@ -90,7 +90,7 @@ def data_sets(manifest: dict[str, Any]) -> list[str]:
 
 
 def licence(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Of the ensemble, as the hub's cards say it: Apache-2.0 where bases and adapters are, else what they are."""
+    """The ensemble's licence as hub cards name it: Apache-2.0 if bases and adapters have it, else theirs."""
     licences = [member["licence"] for member in manifest["members"]]
     parts = [about.get(part, "not known") for about in licences for part in ("base", "adapters")]
     names = sorted({str(part) for part in parts} - {"Apache-2.0"}) or ["Apache-2.0"]
@@ -102,7 +102,7 @@ def licence(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def metadata(folder: Path) -> ModelCardData:
-    """What the hub is told of the ensemble in `folder`. UserError where it has no readable manifest."""
+    """The hub's metadata of the ensemble in `folder`. UserError where it has no readable manifest."""
     manifest = read(folder)
     scores, sets = manifest.get("provenance", {}).get("out_of_fold", {}), data_sets(manifest)
     names = " + ".join(sets) or "its own data"
@@ -137,7 +137,7 @@ def front_matter(folder: Path) -> str:
 
 
 def write_card(folder: Path, text: str | None = None) -> None:
-    """Write `folder`/README.md: the front matter, and `text`, or else the card's text as it is, or else a plain one."""
+    """Write `folder`/README.md: the front matter, then `text`, or else the card's present text, or else a plain one."""
     file = folder / CARD
     if text is None:
         text = FRONT_MATTER.sub("", file.read_text("utf-8")) if file.exists() else plain(folder)
@@ -145,7 +145,7 @@ def write_card(folder: Path, text: str | None = None) -> None:
 
 
 def is_current(folder: Path) -> bool:
-    """Whether the card in `folder` begins as its manifest gives it."""
+    """Whether the card in `folder` begins with the front matter of its manifest."""
     return (folder / CARD).read_text("utf-8").startswith(front_matter(folder))
 
 

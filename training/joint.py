@@ -1,7 +1,7 @@
-"""Which members, views, weights and averaging an ensemble takes, by scores that leave one fold out.
+"""Choose an ensemble's members, views, weights and averaging by scores that leave one fold out.
 
-A score never judges a crop by what was chosen or fitted on it: a candidate's temperature and shift, the members'
-weights and the threshold are fitted on the other folds, and the fold that is left is scored with them.
+No crop is scored by anything that was chosen or fitted on it: a candidate's temperature and shift, the members' weights
+and the threshold are fitted on the other folds, and the fold left out is scored with them.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from inference.metrics import balanced_accuracy, group_bootstrap, roc_auc
 from .calibrate import RESAMPLES, fit_scale, smooth_threshold
 
 PARTS = (1, 2, 3)  # a member's weight is proportional to one of these
-PARTS_OF_MANY, MANY = (1, 2), 4  # where there are more members than MANY
+PARTS_OF_MANY, MANY = (1, 2), 4  # for more than MANY members
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Members by number, the views of each, the rule of their mean, their weights (None: equal)."""
+    """Members by number, the views of each, the kind of mean, their weights (None: equal)."""
 
     members: tuple[int, ...]
     tta: tuple[str, ...]
@@ -52,7 +52,7 @@ class Score:
 class Calibration:
     """heads: (temperature, shift) of each member, for (logit + shift) / temperature in its heads; then of the whole.
 
-    aucs: out-of-fold AUC of each member alone, as `heads` have it
+    aucs: out-of-fold AUC of each member alone, with `heads`
     """
 
     heads: list[tuple[float, float]]
@@ -62,7 +62,7 @@ class Calibration:
 
     @classmethod
     def plain(cls, members: int) -> Calibration:
-        """That of members as they are, for measuring them."""
+        """No calibration, for measuring members as they are."""
         return cls([(1.0, 0.0)] * members, 1.0, 0.5, [])
 
 
@@ -80,7 +80,7 @@ class Joint:
     def scale(self, member: int, tta: str, averaging: str, left: int | None) -> tuple[float, float]:
         """(temperature, shift) of one member alone, fitted without the crops of fold `left` (None: on all).
 
-        So the members' logits mean the same before they are averaged, whatever class weights each was trained with.
+        It makes the members' logits comparable before they are averaged, whatever class weights they trained with.
         """
         key = member, tta, averaging, left
         if key not in self._scales:
@@ -90,7 +90,7 @@ class Joint:
         return self._scales[key]
 
     def scaled(self, choice: Choice, left: int | None = None) -> list[np.ndarray]:
-        """Each member's logits (1, V, N) as its head will give them."""
+        """Each member's logits (1, V, N) as its calibrated head will give them."""
         found = []
         for member, tta in zip(choice.members, choice.tta, strict=True):
             temperature, shift = self.scale(member, tta, choice.averaging, left)
@@ -103,12 +103,12 @@ class Joint:
 
     @cached_property
     def numbers(self) -> list[int]:
-        """The folds that can be left out: with both classes, in them and in the others."""
+        """The folds that can be left out: those with both classes in them and in the other folds."""
         both = lambda chosen: len(np.unique(self.labels[chosen])) == 2  # noqa: E731
         return [int(k) for k in np.unique(self.folds) if both(self.folds == k) and both(self.folds != k)]
 
     def without(self, choice: Choice, left: int) -> np.ndarray:
-        """P(atypical) (N,) of the mean, with all that is fitted or chosen for it, weights too, without fold `left`."""
+        """P(atypical) (N,) of the mean, with everything (weights too) fitted or chosen for it without fold `left`."""
         return self.mean(self.weighted(choice, left) if choice.weights else choice, left)
 
     def auc(self, choice: Choice) -> float:
@@ -122,7 +122,7 @@ class Joint:
     def weighted(self, choice: Choice, left: int | None = None) -> Choice:
         """`choice` with the weights of the highest AUC on the crops outside of fold `left` (None: on all).
 
-        Of weights that are equally good, those nearest to equal.
+        Among equally good weights, those nearest to equal.
         """
         used = self.folds != left if left is not None else np.ones(len(self.folds), bool)
         scaled = [z[:, :, used] for z in self.scaled(choice, left)]
@@ -136,9 +136,9 @@ class Joint:
         return best
 
     def calibrate(self, choice: Choice) -> Calibration:
-        """What is shipped, fitted on all folds: temperature, shift and threshold for the mean, not for single members.
+        """The shipped calibration, fitted on all folds: temperature, shift and threshold of the mean, not of members.
 
-        The mean's shift goes into the members' heads, behind their own.
+        The mean's shift goes into the members' heads, after their own.
         """
         scaled = self.scaled(choice)
         temperature, shift = fit_mean(scaled, self.labels, choice.averaging, choice.shares)
@@ -152,7 +152,7 @@ class Joint:
         return Calibration(heads, temperature, smooth_threshold(self.labels, p, self.groups), aucs)
 
     def score(self, choice: Choice) -> Score:
-        """Scores of a choice with a threshold that each fold gets from the others."""
+        """Scores of a choice; each fold's threshold comes from the other folds."""
         p, called = np.full(len(self.labels), np.nan), np.zeros(len(self.labels), bool)
         for k in self.numbers:
             left, all_p = self.folds == k, self.without(choice, k)
@@ -162,7 +162,7 @@ class Joint:
         return Score(self.auc(choice), balanced_accuracy(self.labels[scored], called[scored]), p, called)
 
     def interval(self, score: Score) -> tuple[float, float]:
-        """95% interval of a balanced accuracy, by a bootstrap over groups (slides); NaN where there are too few."""
+        """95% interval of a balanced accuracy, by a bootstrap over groups (slides); NaN if there are too few."""
         found = [balanced_accuracy(self.labels[i], score.called[i]) for i in self._resamples]
         usable = [value for value in found if np.isfinite(value)]
         if len(usable) < RESAMPLES / 2:

@@ -1,4 +1,4 @@
-"""What a fold logs while it trains: one row of scalars per epoch, as CSV and for TensorBoard."""
+"""A fold's training log: one row of scalars per epoch, as CSV and for TensorBoard."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 A run folder holds recipe.json, data.json, split.csv and, for each fold, fold<k>/ with the adapter in PEFT's format,
 metrics.csv, TensorBoard scalars and oof.npz. Everything random in epoch e of fold k comes from (seed, k, e) alone, so a
-run that was killed and resumed ends in the very adapters of one that was not. Several processes share each batch and
-average their gradients: the same steps as one process takes, up to rounding, but for dropout, which each draws itself.
+run that was killed and resumed ends in exactly the same adapters. Several processes share each batch and
+average their gradients: the same steps as in one process, except for rounding and dropout, which each draws itself.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Run:
 
     images: of all crops, each uint8 (H, W, 3)
     workers: threads that augment batches ahead
-    overrides: arguments for timm, for miniatures in tests
+    overrides: timm arguments that make miniatures for tests
     """
 
     recipe: Recipe
@@ -69,7 +69,7 @@ class Run:
 
 
 def adapted_model(run: Run, number: int) -> PeftModel:
-    """The recipe's backbone with its base and a fresh adapter, the same for the same fold number and seed."""
+    """The recipe's backbone with its base and a fresh adapter, always the same for a fold number and seed."""
     recipe = run.recipe
     torch.manual_seed(recipe.seed * 1000 + number)
     extra = run.overrides | ({"drop_rate": recipe.drop} if recipe.drop else {})  # timm: dropout before the head
@@ -84,7 +84,7 @@ def adapted_model(run: Run, number: int) -> PeftModel:
         recipe.rslora,
         **extra,
     )
-    if recipe.checkpointing:  # timm's is not re-entrant: it needs no gradient at the input, which a frozen stem has not
+    if recipe.checkpointing:  # timm's is not re-entrant: it needs no gradient at the input, and frozen stems give none
         model.get_base_model().set_grad_checkpointing(True)  # type: ignore[operator]
     store_base_as(model, DTYPES[recipe.precision])
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -102,7 +102,7 @@ def fit_fold(run: Run, fold: np.ndarray, number: int) -> None:
         run.say(f"fold {number}: finished")
         return
     watched = held_out
-    if recipe.patience:  # what chooses the epoch must not be what the fold is scored on
+    if recipe.patience:  # the crops that choose the epoch must not be those that the fold is scored on
         inner = inner_holdout([run.crops[n] for n in train], recipe.split, recipe.seed)
         watched = [n for n, chooses in zip(train, inner, strict=True) if chooses]
         train = [n for n, chooses in zip(train, inner, strict=True) if not chooses]
@@ -118,7 +118,7 @@ def fit_fold(run: Run, fold: np.ndarray, number: int) -> None:
         loss = train_epoch(state, feed)
         with state.averaged() as model:
             z = predict(model, images, recipe, "none", accelerator)[0]
-        auc = roc_auc(labels, z.numpy())  # of the same logits in every process: they agree on when to stop
+        auc = roc_auc(labels, z.numpy())  # the same in every process, so that all stop at once
         state.judge(auc)
         state.epoch += 1
         run.say(f"fold {number} epoch {state.epoch}/{recipe.epochs}: loss {loss:.4f}, AUC {auc:.4f}")
@@ -138,11 +138,11 @@ def fit_fold(run: Run, fold: np.ndarray, number: int) -> None:
     if accelerator.is_main_process:
         store(out, state.plain, held_out, z)
     accelerator.wait_for_everyone()
-    accelerator.free_memory()  # it would keep this fold's base beside the next one's
+    accelerator.free_memory()  # otherwise this fold's base would stay in memory beside the next one's
 
 
 def look_into(out: Path, processes: int, batch: int, crops: int) -> tuple[bool, dict[str, Any] | None]:
-    """Whether the fold in `out` is finished, and its checkpoint. UserError where the processes outnumber a batch."""
+    """Whether the fold in `out` is finished, and its checkpoint. UserError where a batch has too few crops."""
     if processes > min(batch, crops):
         raise UserError(f"{processes} processes share batches of {min(batch, crops)} crops; expected no more than that")
     out.mkdir(parents=True, exist_ok=True)
@@ -159,7 +159,7 @@ def feed_of(run: Run, train: Sequence[int], number: int) -> Feed:
 
 
 def introduce(run: Run, state: State, feed: Feed, watched: int, held_out: int) -> None:
-    """Say where the fold stands before its first epoch of this call."""
+    """Print the fold's state before the first epoch of this call."""
     name = f"fold {feed.number}"
     if state.epoch:
         run.say(f"{name} resumes after epoch {state.epoch}/{run.recipe.epochs}")
@@ -199,7 +199,7 @@ def train_epoch(state: State, feed: Feed) -> float:
 
 
 def backward(state: State, batch: Batch, group: int = 1) -> float:
-    """Add the gradients of one batch of a `group` that the optimizer takes together; the batch's loss."""
+    """Add the gradients of one batch out of `group` per optimizer step; returns the batch's loss."""
     device = state.accelerator.device
     x = batch.rgb.to(device, memory_format=torch.channels_last)
     with state.accelerator.autocast():

@@ -1,4 +1,4 @@
-"""A backbone of the table with its base weights, LoRA through PEFT, and a head of one logit."""
+"""A backbone with its base weights, LoRA through PEFT, and a head of one logit."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 def adapted_layers(model: torch.nn.Module, pattern: str) -> list[str]:
-    """Names of the linear and convolution layers that `pattern` matches whole."""
+    """Names of the linear and convolution layers that `pattern` fully matches."""
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
     return [name for name, layer in model.named_modules() if re.fullmatch(pattern, name) and isinstance(layer, kinds)]
 
 
 def load_base(model: torch.nn.Module, file: Path, head: str) -> None:
-    """Copy a base's weights into `model`, all but the head: no key may be missing, left over or misshapen."""
+    """Copy a base's weights into `model`, except the head; no key may be missing, unknown or of another shape."""
     state = load_file(file)
     ours = {name: value for name, value in model.state_dict().items() if not name.startswith(f"{head}.")}
     for name in sorted(ours.keys() ^ state.keys()):
@@ -50,8 +50,8 @@ def lora_model(
     """`backbone` with LoRA of `rank` on its layer set `targets`; only adapters and head are trainable.
 
     base: a safetensors file made by `training base`, or None for random weights
-    targets: a set of the backbone's table; "qv" adapts query and value of the fused qkv layer, each with `rank`, as one
-        adapter of twice the rank and the same scale (see `separate_query_and_value`)
+    targets: one of the backbone's target sets; "qv" adapts query and value of the fused qkv layer, each with `rank`,
+        as one adapter of twice the rank and the same scale (see `separate_query_and_value`)
     UserError where `targets` is unknown.
     """
     from peft import LoraConfig, get_peft_model
@@ -88,10 +88,10 @@ def lora_model(
 
 
 def separate_query_and_value(b: torch.nn.Parameter) -> None:
-    """Make one adapter of rank 2r on a fused qkv two of rank r, on q and on v: let only these parts of B train.
+    """Turn an adapter of rank 2r on a fused qkv into two of rank r, on q and on v, by training only these parts of B.
 
     B (3C, 2r) begins at zero; q rows see the first r ranks, v rows the last r, k rows none. Without a gradient, AdamW
-    leaves a zero as it is, so what is saved is a plain adapter, which PEFT merges as it merges any.
+    leaves a zero as it is, so a plain adapter is saved, which PEFT merges like any other.
     """
     width, rank = b.shape[0] // 3, b.shape[1] // 2
 
@@ -108,7 +108,8 @@ def separate_query_and_value(b: torch.nn.Parameter) -> None:
 def store_base_as(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Keep frozen linear and convolution weights in the precision that autocast computes them in anyway.
 
-    Same numbers, half the memory for the base, and no conversion in every step. Norms and embeddings stay in fp32.
+    The results are the same, the base takes half the memory, and no step has to convert it. Norms and embeddings
+    stay in fp32.
     """
     for layer in model.modules():
         kinds = (torch.nn.Linear, torch.nn.Conv2d)
@@ -127,7 +128,7 @@ def trainable(model: torch.nn.Module) -> dict[str, int]:
 
 
 def freeze_statistics(model: torch.nn.Module) -> torch.nn.Module:
-    """Training mode, but batch normalisation keeps the base's statistics: they are not part of an adapter."""
+    """Set training mode, but keep the base's batch-normalisation statistics, which are not part of an adapter."""
     model.train()
     for layer in model.modules():
         if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):

@@ -5,7 +5,7 @@ z logit, p = sigmoid(z), t target in [0, 1] (hard, or a share of expert votes), 
     focal:  L = -w [t (1 - p)^gamma log p + (1 - t) p^gamma log(1 - p)]                         (Lin et al. 2017)
     domain-weighted focal: the focal loss with w by domain, or by domain x class (arXiv 2508.21041; the paper's formula
     for w is not published, so the three usual ones are offered).
-A batch's loss is the mean of L; weights average 1 over the training crops, so as not to rescale the learning rate.
+A batch's loss is the mean of L. Weights average 1 over the training crops, so they do not rescale the learning rate.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def focal(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, ga
     log_p, log_q = F.logsigmoid(logits), F.logsigmoid(-logits)
     if gamma == 0:
         loss = -(targets * log_p + (1 - targets) * log_q)
-    else:  # p^gamma from its logarithm, where the gradient stays finite
+    else:  # p^gamma from its logarithm keeps the gradient finite
         loss = -(targets * (gamma * log_q).exp() * log_p + (1 - targets) * (gamma * log_p).exp() * log_q)
     return (weights * loss).mean()
 

@@ -26,12 +26,12 @@ from .recipe import Recipe
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 DRIFT_CROPS = 32
 DRIFT_STEP = 4  # crops between two updates of the progress
-DRIFT_ALLOWED = 0.02  # of P(atypical): a precision that moves a probability further is not allowed
+DRIFT_ALLOWED = 0.02  # in P(atypical): a precision with a larger change is not allowed
 UNMEASURED = {"fp32": 0.0, "bf16": None, "fp16": None}
 
 
 def describe_member(recipe: Recipe, base: Path) -> dict[str, Any]:
-    """What a manifest says of a recipe's member, all but its folds, views and precisions."""
+    """A member's manifest entry by its recipe, without folds, views and precisions."""
     row = lookup(recipe.backbone)
     preprocess = vars(recipe.preprocess())
     return {
@@ -51,9 +51,9 @@ def fold_folders(run: Path) -> list[Path]:
 def write_folds(
     folder: Path, sources: dict[str, Path], backbone: str, shift: float, temperature: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Copy folds, by the names of their new folders, with heads that give (logit + shift) / temperature.
+    """Copy folds (by new folder name), with heads that give (logit + shift) / temperature.
 
-    Returns what the manifest says of them.
+    Returns their manifest entries.
     """
     entries = []
     for name, source in sources.items():
@@ -68,7 +68,7 @@ def write_folds(
 
 
 def adjust_head(file: Path, shift: float, temperature: float) -> None:
-    """Have an adapter's head give (logit + shift) / temperature."""
+    """Change an adapter's head to give (logit + shift) / temperature."""
     tensors = load_file(file)
     bias = next(name for name, value in tensors.items() if name.endswith(".bias") and value.shape == (1,))
     weight = bias.removesuffix("bias") + "weight"
@@ -85,7 +85,7 @@ def clean_config(file: Path, source: str) -> None:
 
 
 def versions() -> dict[str, str]:
-    """What made an ensemble, for its provenance."""
+    """Versions of the software that makes an ensemble, for its provenance."""
     packages = ("torch", "timm", "peft", "numpy")
     return {name: version(name) for name in packages} | {"python": platform.python_version()}
 
@@ -97,8 +97,8 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 def measure_drift(folder: Path, crops: Sequence[np.ndarray], device: str) -> list[dict[str, float | None]]:
     """For each member and precision the largest change of the ensemble's P(atypical) against fp32 on `crops`.
 
-    None for a precision that is not allowed: where a member, or all that may use it together, move an answer by more
-    than DRIFT_ALLOWED, or overflow: inference would compute such crops again in fp32, and take twice as long.
+    None for a precision that is not allowed: one in which a member, or all that may use it together, change an answer
+    by more than DRIFT_ALLOWED, or overflow. (Inference computes such crops again in fp32, and takes twice as long.)
     """
     manifest = load_manifest(folder)
     everyone = range(len(manifest.members))
@@ -125,7 +125,7 @@ def measure_drift(folder: Path, crops: Sequence[np.ndarray], device: str) -> lis
 def predict(
     folder: Path, crops: Sequence[np.ndarray], device: str, precision: str, chosen: Sequence[int]
 ) -> tuple[dict[int, np.ndarray], set[int]]:
-    """Logits (folds, V, N) of the chosen members, and those that overflowed; on a terminal, with its progress."""
+    """Logits (folds, V, N) of the chosen members, and the members that overflowed; shows progress on a terminal."""
     manifest = load_manifest(folder)
     part = dataclasses.replace(manifest, members=tuple(manifest.members[m] for m in chosen))
     ensemble = Ensemble(part, device, precision)

@@ -1,4 +1,4 @@
-"""Augmentation of sharpness: what optics, movement, sensors and compression do. RGB (N, 3, S, S) in [0, 1]."""
+"""Augmentation of sharpness: effects of optics, movement, sensors and compression. RGB (N, 3, S, S) in [0, 1]."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def blur(rgb: torch.Tensor, a: Augment, g: torch.Generator) -> torch.Tensor:
     sigma = uniform(n, 0.1, max(a.blur, 0.1), g)[some]
     if not len(sigma):
         return rgb
-    # as two matrix products: a convolution with other channel counts each time would be compiled anew each time
+    # as two matrix products: a convolution whose channel count changes would be compiled again each time
     away = torch.arange(size)[:, None] - torch.arange(size)
     kernel = torch.exp(-(away**2) / (2 * sigma[:, None, None, None] ** 2))
     kernel /= kernel.sum(-1, keepdim=True)  # (n, 1, S, S); near an edge the weights inside the crop are renormalised
@@ -33,7 +33,7 @@ def disc(radius: float) -> np.ndarray:
 
 
 def path(length: float, angle: float) -> np.ndarray:
-    """The kernel of a straight movement, float32 (K, K) with sum 1: its points, shared among the nearest pixels."""
+    """The kernel of a straight movement, float32 (K, K) with sum 1: its points, divided among the nearest pixels."""
     reach = math.ceil(length / 2)
     kernel = np.zeros((2 * reach + 1, 2 * reach + 1))
     steps = np.linspace(-length / 2, length / 2, 8 * reach + 1)

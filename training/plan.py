@@ -1,4 +1,4 @@
-"""What a run will take, before it is started: parameters, steps, memory, FLOPs and hours, from ten measured steps."""
+"""What a run will cost, before it is started: parameters, steps, memory, FLOPs and hours, from ten measured steps."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Share an ensemble on the Hugging Face hub: exactly its files, in one commit, where the bases' licences allow it.
 
-The token is the hub client's own business: `hf auth login`, or HF_TOKEN.
+The hub's client handles the token: `hf auth login`, or HF_TOKEN.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def files_to_send(folder: Path) -> dict[str, Path]:
-    """What makes up the ensemble, by its name in the repository.
+    """The files of the ensemble, by name in the repository.
 
-    UserError where a file is missing, altered, or no part of it, and where a licence does not let it be passed on.
+    UserError where a file is missing, altered or not part of it, or where a licence does not allow passing it on.
     """
     manifest = load_manifest(folder)
     check_ensemble(manifest)
@@ -63,9 +63,9 @@ def files_to_send(folder: Path) -> dict[str, Path]:
 
 
 def licence_texts(manifest: Manifest) -> set[str]:
-    """Files with licences that have to go with the adapters. UserError where one forbids that they go anywhere.
+    """Files with licences that must accompany the adapters. UserError where one forbids passing them on.
 
-    Both the manifest and the table of backbones are asked, and the stricter counts.
+    Both the manifest and the table of backbones are consulted, and the stricter one counts.
     """
     texts = set()
     for member in manifest.members:
@@ -93,8 +93,8 @@ def identity(file: Path) -> str:
 def send(repository: str, files: dict[str, Path], manifest: Manifest) -> str:
     """Send all files in one commit; returns its hash.
 
-    UserError where the repository holds anything else or another ensemble, where it changes meanwhile, and where the
-    hub does not do it.
+    UserError where the repository holds anything else or another ensemble, where it changes meanwhile, or where the
+    hub refuses.
     """
     try:
         from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download

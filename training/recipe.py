@@ -1,4 +1,4 @@
-"""A training run's settings, from a TOML file. Every value has a comment there: the paper's, or ours."""
+"""A training run's settings, from a TOML file. Comments there mark each value as the paper's or ours."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent / "recipes"
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides a run, apart from the crops. `python -m training fit --set NAME=VALUE` changes one."""
+    """Everything that determines a run, apart from the crops. `python -m training fit --set NAME=VALUE` changes one."""
 
     backbone: str
     # input: crop side in pixels (0: the whole crop), input side S, resize kernel
@@ -51,7 +51,7 @@ class Recipe:
     warmup: float = 0.1
     clip: float = 1.0
     drop: float = 0.0  # dropout before the head
-    ema: float = 0.0  # decay per step of the averaged weights; 0 keeps the last ones
+    ema: float = 0.0  # decay per step of the averaged weights; 0 keeps the last weights
     # epochs without a better AUC before a fold stops and keeps its best; 0 never. An eighth of the training crops, by
     # whole groups, judges instead of training: the crops that the fold is scored on choose nothing
     patience: int = 0

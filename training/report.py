@@ -1,8 +1,8 @@
 """The report of a run: one self-contained HTML page of its out-of-fold scores, curves, folds, domains and settings.
 
 Every probability in it comes from the fold that did not train on the crop. The first panel is leave-one-fold-out: TTA,
-averaging, temperature and threshold are chosen without the fold that they score. The charts and tables show what is
-shipped, chosen on all folds. Intervals are a bootstrap over groups.
+averaging, temperature and threshold are chosen without the fold that they score. The charts and tables show the
+shipped settings, chosen on all folds. Intervals are a bootstrap over groups.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from inference.report.page import read
 from .calibrate import METRICS, OutOfFold, averaged, calibrate, calibrated, read_out_of_fold
 from .curves import curves_chart, reliability_chart, roc_chart, threshold_chart
 
-FEW = 10  # atypical crops: with fewer, one crop moves the balanced accuracy of a domain by more than five points
+FEW = 10  # atypical crops; with fewer, one crop changes a domain's balanced accuracy by more than five points
 NAMES = {
     "balanced_accuracy": "Balanced accuracy",
     "sensitivity": "Sensitivity",
@@ -157,7 +157,7 @@ def _span(span: tuple[float, float]) -> str:
 
 
 def _numbers(found: dict[str, float], spans: dict[str, tuple[float, float]]) -> str:
-    """Metrics as large numbers, with their intervals where there are any."""
+    """Metrics as large numbers, with their intervals, if any."""
     cells = []
     for key, value in found.items():
         span = _span(spans[key]) if key in spans else ""
@@ -196,7 +196,7 @@ def _table(
     title: str,
     pooled: tuple[dict[str, float], dict[str, tuple[float, float]]] | None,
 ) -> str:
-    """One row of scores, counts and intervals for each of `keys`, then all of them pooled or their mean and worst."""
+    """One row of scores, counts and intervals for each of `keys`, then all of them pooled, or their mean and worst."""
 
     def row(name: str, n: str, found: dict[str, float], spans: dict[str, tuple[float, float]], kind: str = "") -> str:
         cells = "".join(

@@ -1,4 +1,4 @@
-"""Which members and views an ensemble needs, and whether other weights or another mean pay: one decision at a time."""
+"""Choose an ensemble's members and views, then its weights and kind of mean: one decision at a time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def subsets(count: int) -> list[tuple[int, ...]]:
 
 
 def every_choice(count: int) -> Iterator[Choice]:
-    """All sets of members with all views of each, or with the same views for all where there are many members."""
+    """All sets of members with all views of each; with many members, only with the same views for all."""
     for members in subsets(count):
         each = (
             itertools.product(TTA_VIEWS, repeat=len(members))
@@ -32,7 +32,7 @@ def every_choice(count: int) -> Iterator[Choice]:
 
 @dataclass(frozen=True)
 class Step:
-    """One decision: what was tried, the leave-one-fold-out AUC with it and without, and whether it was taken."""
+    """One decision: what was tried, the leave-one-fold-out AUC with and without it, and whether it was taken."""
 
     what: str
     auc: float
@@ -45,9 +45,9 @@ class Step:
 
 
 def simplify(joint: Joint, start: Choice, names: Sequence[str]) -> tuple[Choice, list[Step]]:
-    """Leave out members, then views, one at a time, while that costs less AUC than MINIMAL_GAIN, the cheapest first.
+    """Leave out members, then views, one at a time, cheapest first, while that costs less AUC than MINIMAL_GAIN.
 
-    Less than MINIMAL_GAIN does not pay for the seconds of a member or of more views.
+    A gain below MINIMAL_GAIN does not justify the time of a member or of more views.
     """
     choice, steps = start, []
     while len(choice.members) > 1:
@@ -92,6 +92,6 @@ def refine(joint: Joint, choice: Choice) -> tuple[Choice, list[Step]]:
 
 
 def without(choice: Choice, place: int) -> Choice:
-    """`choice` less the member at `place`."""
+    """`choice` without the member at `place`."""
     cut = lambda values: (*values[:place], *values[place + 1 :])  # noqa: E731
     return dataclasses.replace(choice, members=cut(choice.members), tta=cut(choice.tta))

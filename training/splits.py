@@ -14,8 +14,8 @@ from .data import Crop
 
 KINDS = ("grouped", "random", "domain", "leave-one-out")
 COLUMNS = ("domain", "tumour", "scanner", "origin")
-EIGHT_GROUPS = "eight-groups"  # Tumor x Origin of MIDOG25: the likeliest reading of the eight of arXiv 2509.16935
-INNER_FOLDS = 8  # early stopping watches one of so many parts of a fold's training crops
+EIGHT_GROUPS = "eight-groups"  # Tumor x Origin of MIDOG25: the likeliest reading of arXiv 2509.16935
+INNER_FOLDS = 8  # early stopping uses one of this many parts of a fold's training crops
 
 
 def split(
@@ -24,12 +24,12 @@ def split(
     """The validating fold of each crop, int (N,).
 
     grouped: stratified by label, groups kept together (the default)
-    random: stratified by label only; refuses nothing and leaks, for comparison with papers that did so
+    random: stratified by label only; leaks groups; for comparison with papers that did so
     domain: stratified by label, domains kept together
     leave-one-out: one fold per domain; `folds` is not used
     by: what a domain is in the last two: see `domains_of`
 
-    Raises UserError where the crops do not allow so many folds, or a group would be on both sides.
+    Raises UserError where the crops do not allow that many folds, or a group would be on both sides.
     """
     if kind not in KINDS:
         raise UserError(f"split {kind!r} is not known; expected one of {', '.join(KINDS)}")
@@ -52,9 +52,9 @@ def split(
 
 
 def stratified(labels: np.ndarray, units: np.ndarray | None, folds: int, seed: int, of: str) -> np.ndarray:
-    """Folds (N,) with the classes in proportion and each of `units` (N,) whole; None: each crop is one.
+    """Folds (N,) with the classes in proportion and each of `units` (N,) whole; None: each crop is a unit.
 
-    of: what the units are called where there are too few of them
+    of: the units' name, for the message that there are too few
     """
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
@@ -73,7 +73,7 @@ def domains_of(crops: Sequence[Crop], by: str) -> np.ndarray:
     """The domain of each crop (N,) by a column or a product of columns, such as "tumour x origin".
 
     by: one or more of COLUMNS, joined by " x ", or "eight-groups"
-    UserError where it is neither, or where a crop has no value.
+    UserError where `by` is neither, or where a crop has no value.
     """
     columns = ("tumour x origin" if by == EIGHT_GROUPS else by).split(" x ")
     for column in columns:
@@ -92,9 +92,9 @@ def domains_of(crops: Sequence[Crop], by: str) -> np.ndarray:
 
 
 def inner_holdout(crops: Sequence[Crop], kind: str, seed: int) -> np.ndarray:
-    """Which of a fold's training crops, bool (N,), choose its epoch instead of training it: an eighth, by whole groups.
+    """Mask (N,) of a fold's training crops that choose its epoch instead of training it: an eighth, by whole groups.
 
-    Early stopping must not watch the crops that the fold is scored on: the best of many epochs flatters.
+    Early stopping must not watch the crops that the fold is scored on: the best of many epochs would be optimistic.
     """
     labels = np.array([crop.label for crop in crops])
     groups = None if kind == "random" else np.array([crop.group for crop in crops])

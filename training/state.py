@@ -1,7 +1,7 @@
-"""What a fold's training carries from step to step: weights, their average, optimizer, schedule, and the best epoch.
+"""The state of a fold's training: weights, their average, optimizer, schedule, and the best epoch.
 
 `save` writes all of it after an epoch, and `State(..., saved)` resumes from there: a run that was killed and resumed
-takes the very steps of one that was not.
+takes exactly the same steps.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def learning_rate_share(step: int, steps: int, warmup: float) -> float:
 
 
 class State:
-    """Of one fold after `epoch` epochs.
+    """The state of one fold after `epoch` epochs.
 
     plain: the PEFT model; model: the same, prepared for one or several processes
     average: exponential average of the trainable weights; best_state: its copy at the best AUC so far
-    best, stale: that AUC (-1 before the first), and the epochs since then
+    best, stale: that AUC (-1 before the first), and the number of epochs since then
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class State:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: learning_rate_share(step, steps, recipe.warmup)
         )
-        if accelerator.scaler:  # fp16: the scale that an earlier fold reached must not reach into this one
+        if accelerator.scaler:  # fp16: do not start with the scale that an earlier fold reached
             accelerator.scaler.load_state_dict(torch.amp.grad_scaler.GradScaler().state_dict())
         self.average, self.best_state = self.current(), self.current()
         self.epoch, self.best, self.stale = 0, -1.0, 0
@@ -113,7 +113,7 @@ class State:
 
     @contextmanager
     def averaged(self) -> Iterator[torch.nn.Module]:
-        """The model with its averaged weights, for the length of a `with` block."""
+        """The model with its averaged weights, within a `with` block."""
         current = self.current()
         self._load(self.average)
         try:
@@ -122,7 +122,7 @@ class State:
             self._load(current)
 
     def judge(self, auc: float) -> None:
-        """Keep the averaged weights if they are the best yet; where no AUC exists (one class only), the latest."""
+        """Keep the averaged weights if they are the best yet; if there is no AUC (one class only), the latest."""
         if auc > self.best or math.isnan(auc):
             self.best_state = {name: value.clone() for name, value in self.average.items()}
             self.best, self.stale = max(self.best, auc), 0  # max ignores a NaN in second place
@@ -136,6 +136,6 @@ class State:
         return self.epoch >= self.recipe.epochs or bool(patience and self.stale >= patience)
 
     def load_result(self) -> torch.nn.Module:
-        """The model with the weights that training ends in: the best epoch's with patience, else the last average."""
+        """The model with its final weights: the best epoch's with patience, else the last average."""
         self._load(self.best_state if self.recipe.patience else self.average)
         return self.plain

@@ -26,13 +26,13 @@ REPEATS = 3
 
 @dataclass(frozen=True)
 class Seconds:
-    """start: of a job without its members' own; members: by member and views."""
+    """start: of a job, without its members; members: by member and views."""
 
     start: float
     members: Sequence[dict[str, float]]
 
     def of(self, choice: Choice) -> float:
-        """Seconds a stack that a choice is expected to take."""
+        """Expected seconds per stack of a choice."""
         return self.start + sum(self.members[m][tta] for m, tta in zip(choice.members, choice.tta, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""How strongly each augmentation changes a crop: data, and the draws that all of them use."""
+"""The strength of each augmentation, and the random draws that all of them use."""
 
 from __future__ import annotations
 
@@ -61,5 +61,5 @@ def log_uniform(n: int, strength: float, g: torch.Generator) -> torch.Tensor:
 
 
 def chosen(n: int, share: float, g: torch.Generator) -> list[int]:
-    """The indices of the crops that get an augmentation which `share` of them get."""
+    """The indices of a random `share` of the crops, which get an augmentation."""
     return (torch.rand(n, generator=g) < share).nonzero().flatten().tolist()

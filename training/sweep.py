@@ -1,7 +1,7 @@
 """Fit ranks x splits x backbones and write one table of their out-of-fold scores, as arXiv 2509.16935 compares them.
 
 Each combination is a run folder like any other, so a sweep that was stopped resumes where it was, and `report` or
-`export` take any of its runs. The table is written anew after each.
+`export` take any of its runs. The table is written again after each.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def summarise(run: Path, recipe: Recipe) -> dict[str, Any]:
 
 
 def training_seconds(run: Path) -> float:
-    """What all epochs of all folds took."""
+    """Seconds of all epochs of all folds."""
     total = 0.0
     for file in run.glob("fold*/metrics.csv"):
         with file.open(newline="") as lines:

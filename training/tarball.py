@@ -21,11 +21,11 @@ def write_model_tarball(ensemble: Path, output: Path, with_base: bool = True) ->
     """Write `output`/NAME-model.tar.gz and return its path. The same ensemble always gives the same bytes.
 
     Packed are the manifest, the card and what the manifest names; a fold of an earlier export that still lies in the
-    folder is no part of it. The files lie at the root of the archive, because the platform unpacks it right into
-    /opt/ml/model. The bases are packed too, also one that several ensembles share: the image's own may be another.
+    folder is not packed. The files lie at the root of the archive, because the platform unpacks it directly
+    into /opt/ml/model. Bases are packed too, even one shared by several ensembles: the image may hold another one.
 
     with_base: False saves the upload of large bases that the image already holds
-    Raises UserError where the folder is no valid ensemble or a file is not the one that its manifest names.
+    Raises UserError where the folder is not a valid ensemble or a file differs from its manifest.
     """
     manifest = load_manifest(ensemble)
     check_ensemble(manifest)

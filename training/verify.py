@@ -1,7 +1,7 @@
 """Compare an ensemble's fused folds with the reference libraries: timm's model, PEFT's own merge, crop by crop, fp32.
 
-What the container computes is this project's own code. This command loads the same folder the way anybody else would,
-and says for each fold how far the logits differ, and what either way takes.
+What the container computes is this project's own code. This command loads the same folder as anybody else would,
+and prints how far each fold's logits differ, and the time and memory that each way takes.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def choose_crops(data: Path | None) -> tuple[list[np.ndarray], str]:
-    """Crops uint8 (H, W, 3), and in words where they are from."""
+    """Crops, uint8 (H, W, 3), and a phrase that says where they are from."""
     if data is None:
         generator = np.random.default_rng(0)
         shape = (GENERATED, 128, 128, 3)
@@ -78,7 +78,7 @@ class Cost:
 
 
 def measure(device: torch.device, work: Callable[[], list[np.ndarray]]) -> tuple[list[np.ndarray], Cost]:
-    """What `work` returns, its seconds, and the peak of memory meanwhile: the GPU's, or this whole process's."""
+    """The result of `work`, its seconds, and the peak memory meanwhile: the GPU's, or this whole process's."""
     gc.collect()
     cuda = device.type == "cuda"
     if cuda:
@@ -111,7 +111,7 @@ def verify(folder: Path, crops: Sequence[np.ndarray], device: str, origin: str) 
     for (member, fold), found, expected in zip(folds, fused, plain, strict=True):
         difference = float(np.abs(found - expected).max())
         allowed = TOLERANCE * max(1.0, float(np.abs(expected).max()))
-        if not difference <= allowed:  # how coarse is fp32 itself here? a random or a very deep network needs more room
+        if not difference <= allowed:  # fp32 itself may be coarser: random or very deep networks need more
             exact = alone(member, fold, torch.float64)
             difference = float(np.abs(found - exact).max())
             allowed = max(allowed, 2 * float(np.abs(expected - exact).max()))

@@ -1,6 +1,6 @@
 """Geometric augmentation: each crop is warped at its own resolution, then resized exactly as inference resizes it.
 
-So a crop that is not warped is what inference shows the network, whatever sizes the other crops of the batch have.
+So a crop without warping is exactly what inference shows the network, whatever the sizes of the other crops.
 N crops, C canvas side, S side of the network's input.
 """
 
@@ -80,14 +80,14 @@ def warp(crops: Sequence[Canvas], preprocess: Preprocess, a: Augment, g: torch.G
 
 
 def grid_lines(n: int, strength: float, g: torch.Generator) -> torch.Tensor:
-    """Where the lines of a distorted grid lie on [-1, 1]: (N, 2, CELLS + 1), columns then rows."""
+    """Positions of the lines of a distorted grid on [-1, 1]: (N, 2, CELLS + 1), columns then rows."""
     widths = 1 + uniform(n * 2 * CELLS, -strength, strength, g).view(n, 2, CELLS)
     ends = F.pad(widths.cumsum(-1), (1, 0))
     return 2 * ends / ends[..., -1:] - 1
 
 
 def move_lines(axis: torch.Tensor, lines: torch.Tensor) -> torch.Tensor:
-    """Positions on [-1, 1] where a regular grid becomes one with these `lines`, linear in between."""
+    """Map positions on [-1, 1] from a regular grid to one with these `lines`, linearly in between."""
     position = (axis + 1) / 2 * CELLS
     cell = position.floor().long().clamp_(0, CELLS - 1)
     return lines[cell] + (position - cell) * (lines[cell + 1] - lines[cell])

@@ -1,8 +1,8 @@
 """`python -m inference score --ray ADDRESS|local PATH... --output DIR`: the same answers from many GPUs or machines.
 
-This is the driver: it finds the shards (shards.py), has Ray Data hand them to one actor per GPU
-(worker.py), and names what was not scored. A shard's answers are one file, whole or not there
-(results.py): a finished one is never computed again, and what dies costs the shards that it was working on.
+This is the driver: it finds the shards (shards.py), has Ray Data hand them to one actor per GPU (worker.py), and names
+what was not scored. A shard's answers are one file, whole or not there (results.py). A finished shard is never computed
+again, and a worker that dies loses only the shards that it was working on.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from .results import Results
 from .shards import Shard, masked, one_line, plan, resolve, source_of
 from .worker import Scorer
 
-SHARD = 4096  # crops of a shard: seconds of a GPU's work
-RETRIES = 2  # of a shard whose worker died; then it is named at the end
-LOG_SECONDS = 60  # between lines where there is no terminal
+SHARD = 4096  # crops per shard: seconds of work for a GPU
+RETRIES = 2  # of a shard whose worker died; after that it is named at the end
+LOG_SECONDS = 60  # between progress lines where there is no terminal
 SHOWN = 20  # lines about what was not scored
 
 
 @contextlib.contextmanager
 def stderr_to_ourselves() -> Iterator[IO[str]]:
-    """The stream for our lines. What Ray writes to stderr, in Python or below it, is dropped: its log files have it."""
+    """The stream for our lines. What Ray itself writes to stderr is dropped, because its log files have it."""
     sys.stderr.flush()
     saved = os.dup(2)
     with os.fdopen(os.dup(2), "w") as ours, open(os.devnull, "w") as nowhere:
@@ -55,12 +55,12 @@ def stderr_to_ourselves() -> Iterator[IO[str]]:
 
 
 def connect(address: str) -> None:
-    """Join the cluster at `address`, or start one on this machine. Workers get this code, whatever they have."""
+    """Join the cluster at `address`, or start one here. Workers use this code, whatever they have installed."""
     settings: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     code = {"py_modules": [str(Path(__file__).resolve().parents[1])]}
     try:
         ray.init(address, log_to_driver=False, runtime_env=code, **settings)
-    except Exception as error:  # of many kinds, down to a bare Exception
+    except Exception as error:  # Ray raises many kinds, even a bare Exception
         where = "Ray does not start here" if address == "local" else f"no Ray cluster answers at {address}"
         raise UserError(f"{where} ({one_line(error)}); expected one; try again, or see docs/clusters.md") from None
     context = ray.data.DataContext.get_current()
@@ -69,7 +69,7 @@ def connect(address: str) -> None:
 
 
 def pool(workers: int | None, device: str) -> tuple[int, dict[str, Any], int]:
-    """Workers, what each takes of a node, and its threads: one per GPU, or one per four cores where there is none."""
+    """Number of workers, the resources and threads of each: one per GPU, or one per four cores without GPUs."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cores, gpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU"))
     if gpus and device != "cpu":
@@ -90,7 +90,7 @@ def computing_there(manifest: Manifest, device: str, precision: str, resources: 
         def ask() -> tuple[str, str] | str:
             try:
                 return computing(manifest, device, precision)
-            except UserError as error:  # which Ray would send with its traceback
+            except UserError as error:  # Ray would add a traceback to it
                 return str(error)
 
         found = ray.get(ray.remote(**resources)(ask).remote())
@@ -103,8 +103,8 @@ def computing_there(manifest: Manifest, device: str, precision: str, resources: 
 def predictions(
     shards: list[Shard], scorer: tuple[Any, ...], workers: int, resources: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """The summary of each shard that was worked on, as they come; UserError where the run has to stop."""
-    # one block, and so one task, per shard; a worker takes the next when it is done, so a death costs one shard
+    """The summary of each shard, in the order in which they end; UserError where the run has to stop."""
+    # one block, and so one task, per shard; a worker takes the next one when it is done, so a crash costs one shard
     rows = [{"shard": json.dumps(asdict(shard))} for shard in shards]
     summaries = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         Scorer,
@@ -122,7 +122,7 @@ def predictions(
 
 
 def run(options: argparse.Namespace) -> int:
-    """Exit code, as of the local command; UserError where nothing can be done."""
+    """Exit code, as for the local command; UserError where nothing can be done."""
     start = time.perf_counter()
     manifest = load_manifest(options.weights.resolve())
     ensemble = ensemble_id(manifest)
@@ -174,7 +174,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def unfinished(results: Results, shards: Sequence[Shard], failed: dict[str, tuple[str, str]]) -> list[Shard]:
-    """The shards without answers. UserError where the output holds answers that this run would not give."""
+    """The shards without answers. UserError where the output holds answers that this run would not produce."""
     names = {shard.name for shard in shards} | set(failed)
     sources = {source_of(shard.name): shard.shown for shard in shards}
     done = results.shards()

@@ -1,4 +1,4 @@
-"""Read a shard as a stream: image files with their metadata, in chunks, decoded when a thread has time for it."""
+"""Read a shard as a stream: image files with their metadata, in chunks, and decoded by any thread later."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from .results import free_name
 from .shards import Shard, one_line, resolve
 
 CHUNK = 128  # images that are read, decoded and predicted together
-CHUNK_BYTES = 64 << 20  # of a tar's members, where so many images would be too much
+CHUNK_BYTES = 64 << 20  # of a tar's members: a smaller chunk where images are large
 BUFFER = 4 << 20  # bytes that are fetched at once
-MAX_TEXT = 1 << 16  # bytes of a tar's member that may be metadata
+MAX_TEXT = 1 << 16  # bytes; a larger member of a tar is not metadata
 
 
 @contextlib.contextmanager
 def ours() -> Iterator[None]:
-    """What is wrong with one file is a UserError; what is wrong with its store, disk or network passes through."""
+    """Turn errors of a single file into a UserError; those of its store, disk or network pass through."""
     try:
         yield
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
@@ -48,7 +48,7 @@ class Record:
     source: Path | Blob | tuple[fs.FileSystem, str] | str
 
     def read(self) -> Read:
-        """UserError where it cannot be read, OSError where nothing can."""
+        """UserError where this file cannot be read, OSError where no file can."""
         source = self.source
         if isinstance(source, str):
             raise UserError(source)
@@ -75,7 +75,7 @@ Chunk = tuple[list[Record], pa.Table]  # metadata: a row for each record
 
 
 def read_shard(shard: Shard) -> Iterator[Chunk]:
-    """All records in their order. What is not whole raises one of shards.UNREADABLE."""
+    """All records in their order. A damaged or truncated shard raises one of shards.UNREADABLE."""
     return {"tar": read_tar, "parquet": read_parquet, "files": read_files}[shard.kind](shard)
 
 
@@ -88,7 +88,7 @@ def read_files(shard: Shard) -> Iterator[Chunk]:
 
 
 def texts(rows: list[dict[str, str]]) -> pa.Table:
-    """Dictionaries to columns of text, missing where a dictionary has no such key."""
+    """Dictionaries to columns of text, null where a dictionary has no such key."""
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {name: pa.array([row.get(name) for row in rows], pa.string()) for name in names}
     return pa.table(columns) if columns else pa.table({"": pa.nulls(len(rows))}).select([])
@@ -99,10 +99,10 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def read_parquet(shard: Shard) -> Iterator[Chunk]:
-    """A string column `path` names the crops, else the file and the row's number do."""
+    """Crops are named by a string column `path`, if there is one, else by the file and the row's number."""
     system = resolve(shard.root)[0]
     with system.open_input_file(shard.path) as stream:
-        # a buffer, and no fetching of whole column chunks: memory is that of some pages, whatever a row group's size
+        # read through a buffer instead of whole column chunks: takes the memory of a few pages for any row group
         file = pq.ParquetFile(stream, buffer_size=BUFFER, pre_buffer=False)
         row = shard.row
         for batch in file.iter_batches(CHUNK, row_groups=range(*shard.groups), use_threads=False):
@@ -130,9 +130,9 @@ def read_parquet(shard: Shard) -> Iterator[Chunk]:
 
 
 class WholeArchive(tarfile.TarInfo):
-    """Headers of an archive that must end as archives do: tarfile itself takes a cut or damaged one for the end.
+    """Headers of an archive that must end properly: tarfile itself takes a truncated or damaged header for the end.
 
-    What follows an end is read on: archives are joined by `cat`.
+    Reading continues after an end, because archives may be joined by `cat`.
     """
 
     @classmethod
@@ -152,7 +152,7 @@ class WholeArchive(tarfile.TarInfo):
 
 @contextlib.contextmanager
 def open_tar(system: fs.FileSystem, path: str) -> Iterator[tarfile.TarFile]:
-    """The archive as a stream, decompressed where it begins as gzip does: checked, and all joined members of it."""
+    """The archive as a stream. What begins like gzip is decompressed, with all of its joined members, and checked."""
     with system.open_input_stream(path, compression=None, buffer_size=BUFFER) as stream:
         plain = io.BufferedReader(stream, BUFFER)
         packed = plain.peek(2)[:2] == b"\x1f\x8b"
@@ -163,14 +163,14 @@ def open_tar(system: fs.FileSystem, path: str) -> Iterator[tarfile.TarFile]:
 
 def content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     stream = archive.extractfile(member)
-    assert stream is not None  # only directories and the like have none
+    assert stream is not None  # only members that are no files have none
     return stream.read()
 
 
 def samples(archive: tarfile.TarFile, shown: str) -> Iterator[tuple[str, dict[str, Record | str | None]]]:
-    """(key, by extension an image's record, a text, or None for what is neither), as the members come.
+    """(key, {extension: an image's record, a text, or None for anything else}), in the order of the members.
 
-    Passed over: what macOS keeps beside a file, as `._` and its name. UserError for a name that comes twice.
+    The `._NAME` files of macOS are skipped. UserError for a name that occurs twice.
     """
     key, found = "", dict[str, "Record | str | None"]()
     names: set[str] = set()
@@ -200,7 +200,7 @@ def samples(archive: tarfile.TarFile, shown: str) -> Iterator[tuple[str, dict[st
 
 
 def read_tar(shard: Shard) -> Iterator[Chunk]:
-    """WebDataset: neighbours of one name up to its first dot are a sample; its texts are the metadata of its images."""
+    """WebDataset: adjacent members with the same name before the first dot are a sample; its texts are metadata."""
     records: list[Record] = []
     metadata: list[dict[str, str]] = []
     held = 0

@@ -2,7 +2,7 @@
 
 `<shard>.parquet` has the columns of the local command's CSV file, then the input's own; `_errors/<shard>.parquet` has
 path, page and reason of what could not be scored; `_job.json` says which ensemble answered, on which device and in what
-precision. Readers of a folder of Parquet files pass over names that begin with `_` or a dot.
+precision. Readers of a folder of Parquet files skip names that begin with `_` or a dot.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from .shards import one_line, resolve
 if TYPE_CHECKING:
     from ..ensemble import Prediction
 
-STORES = ("s3", "gcs", "abfs")  # an object appears when it is complete; elsewhere a rename makes it so
+STORES = ("s3", "gcs", "abfs")  # objects appear when complete; elsewhere a rename does that
 ERRORS = pa.schema({"path": pa.string(), "page": pa.int32(), "reason": pa.string()})
 Error = tuple[str, int | None, str]
 
 
 class Results:
     def __init__(self, location: str, expected: bool = False) -> None:
-        """location: a folder or a URI; made where it does not exist, but UserError where it is `expected`, claimed."""
+        """location: a folder or a URI, made if missing; expected: UserError unless it is there and claimed."""
         self.system, folder, _ = resolve(location)
         self.folder = folder.rstrip("/")
         self.rename = self.system.type_name not in STORES
@@ -47,7 +47,7 @@ class Results:
             raise UserError(f"{location} cannot be written ({one_line(error)}); name another folder") from None
 
     def check(self, job: dict[str, Any]) -> bool:
-        """Refuse an output whose answers come from another `job`, as far as it is known; whether it is claimed."""
+        """Refuse an output whose answers come from another `job`, as far as known; returns whether it is claimed."""
         file = f"{self.folder}/_job.json"
         try:
             with self.system.open_input_stream(file) as stream:
@@ -74,9 +74,9 @@ class Results:
             self.put("_job.json", json.dumps(job).encode())
 
     def shards(self, folder: str = "") -> set[str]:
-        """The shards that have a file in the output, or in a folder of it."""
+        """Names of the shards that have a file in the output, or in a folder of it."""
         listed = self.system.get_file_info(fs.FileSelector(self.folder + folder, allow_not_found=True))
-        # an empty file is what a machine that lost its power may leave
+        # a loss of power may leave an empty file
         names = (info.base_name for info in listed if info.is_file and info.size and info.base_name[0] not in "._")
         return {name.removesuffix(".parquet") for name in names if name.endswith(".parquet")}
 
@@ -85,7 +85,7 @@ class Results:
         written = f"{self.folder}/.{uuid.uuid4().hex}.partial" if self.rename else target
         with self.system.open_output_stream(written, compression=None) as stream:
             stream.write(content)
-        if self.system.type_name == "local":  # on the disk before it has its name
+        if self.system.type_name == "local":  # flushed to disk before the file gets its name
             with open(written, "rb") as stream:
                 os.fsync(stream.fileno())
         if self.rename:
@@ -97,12 +97,12 @@ class Results:
         self.put(f"{name}.parquet", sink.getvalue())
 
     def finish(self, shard: str, answers: pa.Table, errors: Sequence[Error]) -> None:
-        """The answers come last: a shard that has them is finished."""
+        """The answers are written last: a shard that has them is finished."""
         self.note(shard, errors)
         self.put_table(shard, answers)
 
     def note(self, shard: str, errors: Sequence[Error]) -> None:
-        """The shard's error table, or none where an earlier run left one."""
+        """Write the shard's error table, or, without errors, remove one that an earlier run left."""
         if errors:
             rows = [dict(zip(ERRORS.names, error, strict=True)) for error in errors]
             self.put_table(f"_errors/{shard}", pa.Table.from_pylist(rows, ERRORS))
@@ -118,7 +118,7 @@ class Results:
 
 
 def free_name(name: str, taken: Container[str]) -> str:
-    """`name`, or, where a column of ours has it, `input_` before it."""
+    """`name`, with `input_` before it if one of our columns has that name."""
     while name in taken:
         name = f"input_{name}"
     return name
@@ -142,7 +142,7 @@ def answers(
 ) -> pa.Table:
     """A row for each page, with its prediction and its row of the metadata.
 
-    computed: device, precision and ensemble. A column of the input that has a name of ours gets `input_` before it.
+    computed: device, precision and ensemble. A column of the input that has one of our names gets `input_` before it.
     """
     p = prediction.p_atypical if prediction else np.empty(0)
     folds, members = fold_columns(manifest), member_columns(manifest)

@@ -2,7 +2,7 @@
 
 A shard is a tar file, some row groups of a Parquet file, or a slice of the image files of a folder or a table. Its name
 comes from its source and from what lies there (sizes, times, range): every run over the same input finds the same
-shards, and a source that was changed is told from the one that was scored.
+shards, and a source that has changed since it was scored is recognised.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from ..imageio.listing import PATH_COLUMNS, SUFFIXES, read_rows
 
 TARS = (".tar", ".tar.gz", ".tgz")
 KINDS = (".parquet", *TARS, *SUFFIXES)
-# what reading a damaged or missing file raises
+# raised by reading a damaged or missing file
 UNREADABLE = (UserError, OSError, EOFError, zlib.error, tarfile.TarError, pa.ArrowException)
 Item = tuple[str, int | None, dict[str, str]]  # path, page (None: all), metadata
-Named = dict[str, dict[int | None, dict[str, str]]]  # files with all links resolved: pages, and their metadata
+Named = dict[str, dict[int | None, dict[str, str]]]  # by file, with all links resolved: metadata by page
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Shard:
     """One unit of work.
 
     name: of its files in the output, `<readable part>-<source>-<content>`
-    root: the path or URI that was given, which tells the file system; path: within it; shown: how people know it
+    root: the path or URI as given, which determines the file system; path: within that; shown: the name for messages
     groups: first and last row group (excluded), row: the first one's number, image: the column with the bytes
     items: the image files
     """
@@ -55,7 +55,7 @@ class Shard:
 
 
 def resolve(location: str) -> tuple[fs.FileSystem, str, str]:
-    """A file system, the path in it, and what to put before such a path to show it. UserError where there is none."""
+    """A file system, the path in it, and the prefix that shows such a path in full. UserError where there is none."""
     if "://" not in location:
         return fs.LocalFileSystem(), os.path.abspath(location), ""
     try:
@@ -89,7 +89,7 @@ def shard_name(shown: str, *content: object) -> str:
 
 
 def source_of(name: str) -> str:
-    """The part of a shard's name that stays when its source is changed."""
+    """The part of a shard's name that stays the same when its source changes."""
     return name.rpartition("-")[0].rpartition("-")[2]
 
 
@@ -98,7 +98,7 @@ def stamp(info: fs.FileInfo) -> str:
 
 
 def unnamed(system: fs.FileSystem, scheme: str, found: Sequence[fs.FileInfo], named: Named) -> list[fs.FileInfo]:
-    """The files that no input before named, by whatever path. UserError where a table named pages of one."""
+    """The files that no earlier input named, by whatever path. UserError where a table named pages of one."""
     new = []
     for info in found:
         file = os.path.realpath(info.path) if system.type_name == "local" else scheme + info.path
@@ -111,8 +111,8 @@ def unnamed(system: fs.FileSystem, scheme: str, found: Sequence[fs.FileInfo], na
 
 
 def walk(system: fs.FileSystem, folder: str) -> list[fs.FileInfo]:
-    """All files below `folder` that may hold crops, by name; hidden ones, and what begins with _, are left out."""
-    if system.type_name == "local":  # links to folders are not followed, as by the local command
+    """All files below `folder` that may hold crops, by name; those that begin with a dot or _ are left out."""
+    if system.type_name == "local":  # like the local command, does not follow links to folders
         found = system.get_file_info([os.path.join(root, name) for root, _, names in os.walk(folder) for name in names])
     else:
         found = system.get_file_info(fs.FileSelector(folder, recursive=True))
@@ -122,11 +122,11 @@ def walk(system: fs.FileSystem, folder: str) -> list[fs.FileInfo]:
 
 
 def plan(locations: Sequence[str], size: int, image: str | None) -> tuple[list[Shard], dict[str, tuple[str, str]]]:
-    """All shards of the given files, folders and tables; and by name, Parquet files that gave none and why.
+    """All shards of the given files, folders and tables; and the Parquet files that gave none, with the reasons.
 
     A file that is named again, by whatever path, belongs to the input that names it first.
 
-    size: crops of a shard (a tar stays whole, and so does a row group); image: the Parquet column with the bytes.
+    size: crops of a shard (a tar is never split, and neither is a row group); image: the Parquet column with the bytes.
     UserError where a location does not exist or holds no crops.
     """
     named: Named = {}
@@ -165,7 +165,7 @@ def plan(locations: Sequence[str], size: int, image: str | None) -> tuple[list[S
         for one in tars:
             shown = scheme + one.path
             shards.append(Shard(shard_name(shown, stamp(one)), "tar", location, one.path, shown))
-        with ThreadPoolExecutor(16) as pool:  # footers, for which a store may take its time
+        with ThreadPoolExecutor(16) as pool:  # reads footers, which a store may deliver slowly
             futures = {
                 one.path: pool.submit(parquet_shards, system, one, location, scheme + one.path, size, image)
                 for one in tables

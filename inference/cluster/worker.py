@@ -1,7 +1,7 @@
-"""What scores shards on a cluster: an actor that holds the ensemble, and takes one shard after another.
+"""Scores shards on a cluster: an actor holds the ensemble and takes one shard after another.
 
-In: a shard as JSON (shards.py). Out: its answers in one Parquet file (results.py), and a row for
-the driver. It reads its shard as a stream, decodes in threads ahead of the network, and holds a chunk or two of crops.
+It gets a shard as JSON (shards.py), writes its answers to one Parquet file (results.py), and returns a row to the
+driver. It reads its shard as a stream, decodes in threads ahead of the network, and holds one or two chunks of crops.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Unusable(Exception):
 
 
 def load(manifest: Manifest, computed: tuple[str, str, str], precision: str, threads: int) -> Ensemble:
-    """The ensemble in this process. UserError where this machine has not the same one, device and precision.
+    """The ensemble in this process. UserError where this machine has another ensemble, device or precision.
 
-    computed: device, precision and ensemble of the whole run; precision: as asked, which may be `auto`.
+    computed: device, precision and ensemble of the whole run; precision: the option's value, which may be `auto`.
     """
     import torch
 
@@ -75,7 +75,7 @@ class Scorer:
         self.pool = ThreadPoolExecutor(max(2, threads))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        """One shard, as JSON, to one row: crops, atypical, and why the whole run has to stop, if it has."""
+        """One shard, as JSON, to one row: crops, atypical, and the reason if the whole run has to stop."""
         shard = Shard(**json.loads(batch["shard"][0]))
         crops = atypical = 0
         stop = ""
@@ -89,7 +89,7 @@ class Scorer:
             stop = str(error)
         except OSError as error:
             stop = f"{masked(self.output)} cannot be written ({one_line(error)}); the same command resumes when it can"
-        except Exception as error:  # not foreseen, such as a lost GPU: another process may do better
+        except Exception as error:  # unexpected, such as a lost GPU: another process may succeed
             traceback.print_exc()
             with contextlib.suppress(Exception):
                 assert self.results is not None
@@ -98,7 +98,7 @@ class Scorer:
         return {"shard": [shard.name], "crops": [crops], "atypical": [atypical], "stop": [stop]}
 
     def score(self, shard: Shard) -> tuple[int, int]:
-        """Crops, and how many are atypical. A shard that cannot be read to its end gets an error and no answers."""
+        """Counts of crops and atypical ones. A shard that cannot be read to its end gets an error and no answers."""
         assert self.results is not None
         tables: list[pa.Table] = []
         errors: list[Error] = []
@@ -147,7 +147,7 @@ class Scorer:
             raise Unusable(str(error)) from None
 
     def decoded(self, shard: Shard) -> Iterator[Decoded]:
-        """Chunks with their crops to come: one is read and one decoded while the caller predicts."""
+        """Chunks with futures of their crops: one is read and one decoded while the caller predicts."""
         chunks = read_shard(shard)
         coming = self.pool.submit(next, chunks, None)
         waiting: Decoded | None = None

@@ -90,10 +90,10 @@ def logit(p: np.ndarray) -> np.ndarray:
 
 def attribute(ensemble: Ensemble, crop: np.ndarray) -> Attribution:
     """The map of one crop, uint8 (H, W, 3), from GRID^2 + 1 predictions of one view each."""
+    from ..preprocess import central_square  # imports PyTorch
+
     seen = [member.preprocess["crop"] or max(crop.shape) for member in ensemble.manifest.members]
-    side = min(*crop.shape[:2], max(seen))
-    top, left = (crop.shape[0] - side) // 2, (crop.shape[1] - side) // 2
-    square = crop[top : top + side, left : left + side]
+    square = central_square(crop.transpose(2, 0, 1), max(seen)).transpose(1, 2, 0)
     fill = np.median(square, axis=(0, 1))  # like tissue of the same stain, with no edge to react to
     count = max(1, CHUNK // square.nbytes)
     p = [ensemble.predict([square], tta="none").p_atypical]

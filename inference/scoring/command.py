@@ -100,7 +100,7 @@ def write_page(run: Run, options: argparse.Namespace) -> None:
 
 
 def on_cluster(options: argparse.Namespace) -> int:
-    """The same on Ray, which only this imports."""
+    """The same on Ray, which is imported only here."""
     if not options.output:
         raise UserError("--ray without --output; expected --output DIR for the answers; add it")
     for name in ("csv", "report", "attribution", "title", "labels", "domains"):
@@ -156,7 +156,7 @@ def run(options: argparse.Namespace) -> int:
         again = "the same command resumes it" if options.csv else "nothing is kept without --csv"
         print(f"\nstopped after {run.new} new crops; {again}", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read our stdout has seen enough
+    except BrokenPipeError:  # the reader of our stdout closed it
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the interpreter flushes it when it ends)
         return FAILED
     if run.failed:

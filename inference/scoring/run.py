@@ -1,4 +1,4 @@
-"""One scoring run: reads what has no answer yet, predicts it in batches of about a second, and keeps the answers."""
+"""One scoring run: reads the crops without an answer, predicts them in batches of about a second, keeps the answers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Run:
-    """rows: of the run so far, in its order; pictures are kept for a report only, scored (p, label) where known."""
+    """rows: of the run so far, in its order; pictures: kept only for a report; scored: (p, label) of labelled crops."""
 
     device: str
     precision: str
@@ -53,7 +53,7 @@ class Run:
         return self.loaded
 
     def pages(self, item: Item) -> list[tuple[Answer, np.ndarray | None]]:
-        """An item's pages: known answers, or answers without folds, each with its crop where one is needed."""
+        """An item's pages: known answers, or answers without folds, each with its crop if that is needed."""
         content = content_of(Path(item.path))
         known = self.table.done.get((item.path, content), {})
         if known and not self.keep_pictures:
@@ -67,14 +67,14 @@ class Run:
         ]
 
     def stream(self) -> Iterator[tuple[Answer, np.ndarray | None]]:
-        """Each page once, in the order in which they are named first.
+        """Each page once, in the order in which the pages are first named.
 
         An item that cannot be read is named on stderr, counted and left out.
         """
         progress, worked = Progress(len(self.items), "files"), 0
         single = {(item.file, item.page): item for item in self.items if item.page is not None}
         whole = {item.file for item in self.items if item.page is None}
-        seen: set[tuple[str, int]] = set()  # pages of files that are named as a whole and by page
+        seen: set[tuple[str, int]] = set()  # of files that are named as a whole and page by page
         for number, item in enumerate(self.items):
             progress.show(number, worked, self.new)
             try:
@@ -135,7 +135,7 @@ class Run:
             self.pictures += [picture(crop) for _, crop in batch if crop is not None]
 
     def attributions(self, count: int) -> list[Attribution | None]:
-        """A map for each of the `count` rows most worth a look, None for the others."""
+        """A map for each of the `count` rows most worth a look; None for the others."""
         from ..report.attribution import attribute
 
         order = most_worth_a_look(self.rows, self.manifest.threshold)[:count]
@@ -149,7 +149,7 @@ class Run:
 
 
 def next_size(size: int, seconds: float) -> int:
-    """Crops of the next batch, where one of `size` took `seconds`."""
+    """Number of crops of the next batch, given that one of `size` crops took `seconds`."""
     if seconds < 0.7:
         return min(2 * size, 1024)
     if seconds > 3:

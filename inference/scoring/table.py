@@ -1,7 +1,7 @@
 """The CSV file that a scoring run writes as it goes, and that a rerun resumes.
 
 The columns are those of inference/answers.py. Rows are added as they are computed: a run that is killed loses little.
-A rerun takes from them what still holds, and leaves the file as one uninterrupted run would have written it.
+A rerun reuses the rows that still hold, and leaves the file as one uninterrupted run would have written it.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ def key_of(row: Answer) -> Key:
 
 
 class Table:
-    """`done` holds the rows found in the file, by path and content, then by page; `append` hands more to the disk."""
+    """`done` holds the rows found in the file, by path and content, then by page; `append` writes more to disk."""
 
     def __init__(
         self, file: Path | None, manifest: Manifest, computed: tuple[str, str], to_stdout: bool = False
     ) -> None:
-        """file: made where it does not exist, checked and resumed where it does; None writes nowhere, or to stdout.
+        """file: created, or checked and resumed if it exists; None writes nowhere, or to stdout.
 
-        computed: the device and the precision of this run. UserError where the file holds anything but such rows.
+        computed: the device and the precision of this run. UserError where the file holds anything else.
         """
-        self.file = file.resolve() if file else None  # a link is kept, and what it points to is replaced
+        self.file = file.resolve() if file else None  # a link stays, and its target is replaced
         self.threshold = manifest.threshold
         self.columns = columns(manifest)
         self.folds = slice(5, 5 + len(fold_columns(manifest)))
@@ -71,7 +71,7 @@ class Table:
     def _cut(self, file: Path) -> bool:
         """Cut off a last row without an end, which a stopped run leaves; returns whether a header is left.
 
-        Only in a file with this ensemble's own columns: whatever else `file` may be is refused as it is.
+        Only in a file with this ensemble's own columns: any other file is refused, and left as it is.
         """
         header = (",".join(self.columns) + "\n").encode()
         end = position = quotes = 0
@@ -83,7 +83,7 @@ class Table:
             stream.seek(0)
             for line in stream:
                 position, quotes = position + len(line), quotes + line.count(b'"')
-                if line.endswith(b"\n") and quotes % 2 == 0:  # a line's end inside quotes belongs to a file's name
+                if line.endswith(b"\n") and quotes % 2 == 0:  # a newline inside quotes is part of a file's name
                     end = position
             stream.truncate(end)
         return end > 0
@@ -131,7 +131,7 @@ class Table:
     def check_named(self, items: Sequence[Item], folders: Sequence[Path]) -> None:
         """UserError where the file holds answers that `items` do not ask for.
 
-        Left out of the comparison: a file that is gone from one of the `folders` that were read.
+        Answers of a file that has gone from one of the `folders` that were read are not compared.
         """
         whole = {item.path for item in items if item.page is None}
         pages = {(item.path, item.page) for item in items}
@@ -148,7 +148,7 @@ class Table:
         self._write(map(self._cells, rows))
 
     def settle(self, rows: Sequence[Answer]) -> int:
-        """Leave `rows`, in their order, and nothing else in the file; returns how many it held that hold no more."""
+        """Leave exactly `rows` in the file, in their order; returns how many rows it held that no longer apply."""
         wanted = list(map(key_of, rows))
         if self.file is not None and self.keys != wanted:
             try:
@@ -184,5 +184,5 @@ class Table:
 
 
 def quoted(path: str) -> str:
-    """A cell with any file's name; the csv module leaves a carriage return bare, and then reads it as a row's end."""
+    """A cell with any file's name; the csv module leaves a carriage return bare, and reads it as a row's end."""
     return '"' + path.replace('"', '""') + '"' if any(letter in path for letter in ',"\r\n') else path

@@ -3,8 +3,8 @@
 Reads what QuPath and other programs write, scores a crop around each object, and writes GeoJSON for QuPath, tables and
 a report. Crops are never written. A run that is stopped is resumed by the same command.
 
-Exit code 0 when every object was scored, 1 when nothing could be done, 3 when some could not: each is named on stderr
-with the reason, and all others are in the results.
+Exit code 0 when every object was scored, 1 when nothing could be done, 3 when some could not be scored: each is
+named on stderr with the reason, and all others are in the results.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from ..commandline import add_ensemble_options
@@ -23,8 +24,10 @@ from . import outputs, statistics
 from .command import check, require_openslide
 from .journal import journal
 from .qupath import MARK
-from .run import Run
+from .run import Run, here
+from .scoring import Cutting
 from .targets import Collected, collect
+from .work import Scorer
 
 RESULTS = ("output", "csv", "summary", "report")
 
@@ -83,6 +86,15 @@ def check_outputs(options: argparse.Namespace, found: Collected, manifest: Manif
     return Path(asked[0])
 
 
+def scoring(options: argparse.Namespace, manifest: Manifest) -> AbstractContextManager[Scorer]:
+    """Where crops are scored: on the cluster that `--ray` names, or here."""
+    if options.ray:
+        from .cluster import there
+
+        return there(options, manifest)
+    return here(options)
+
+
 def run(options: argparse.Namespace) -> int:
     """Exit code; UserError where nothing can be done."""
     check(options)
@@ -93,14 +105,15 @@ def run(options: argparse.Namespace) -> int:
     if options.workers is not None and (not options.ray or options.workers < 1):
         raise UserError(f"--workers {options.workers}; expected 1 or more, with --ray ADDRESS; correct it")
     manifest, start = load_manifest(options.weights), time.perf_counter()
-    running = Run(options, manifest)
+    cutting = Cutting(options.side, options.mpp, options.slide_mpp, options.origin)
+    running = Run(cutting, manifest, pictures=options.report is not None)
     found = collect(
         options.detections, options.slide, options.slides, options.classes, options.region, running.complain
     )
     try:
         with journal(check_outputs(options, found, manifest)) as kept:
-            running.score(found, kept)
-            running.write(found)
+            running.score(found, kept, scoring(options, manifest))
+            running.write(found, options)
             kept.remove()
     except OSError as error:
         raise UserError(
@@ -115,7 +128,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def report(running: Run, found: Collected, seconds: float) -> None:
-    """What was found, on stdout: a line a slide, and the sum."""
+    """Print what was found: a line per slide, and the sum."""
     for one in running.summaries:
         low, high = statistics.wilson(one.atypical, one.figures)
         spot = f"; hot spot of 2 mm²: {one.hottest.count:,}" if one.hottest else ""
@@ -131,7 +144,7 @@ def report(running: Run, found: Collected, seconds: float) -> None:
     coarse = [one.file.name for one in running.results if min(one.slide.level.scale) < 1]
     if coarse:
         print(
-            f"note: slides with less detail than {running.options.mpp:g} µm/px: {len(coarse):,}, such as {coarse[0]}; "
+            f"note: slides with less detail than {running.cutting.mpp:g} µm/px: {len(coarse):,}, such as {coarse[0]}; "
             "their crops are enlarged, and blurred"
         )
     if running.failed:

@@ -1,7 +1,7 @@
-"""`slides --ray`: workers with the ensemble score parts of slides; the driver does everything else as without it.
+"""`slides --ray`: workers with the ensemble score parts of slides; the driver does all else, as it would without Ray.
 
-A worker that dies costs the part that it had in work, which another one takes. What has been answered is in the
-driver's journal, so whatever ends the run, the same command resumes it.
+When a worker dies, another one takes the part that it was working on. Answers are kept in the driver's journal, so the
+same command resumes the run however it ended.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from .reader import Slide
 from .scoring import BATCH, Outcomes, Part, score_part
 from .work import Answering, Scorer, Work
 
-PART = 4 * BATCH  # crops that a worker takes at a time: what its death costs
-AHEAD = 4  # parts for each worker that may wait for an earlier one
+PART = 4 * BATCH  # crops that a worker takes at a time, and loses if it dies
+AHEAD = 4  # parts per worker that may wait for an earlier part
 
 
 class Unusable(Exception):
@@ -44,7 +44,7 @@ class Worker:
     """An actor: the ensemble, loaded with its first part, and the slide that it read last."""
 
     def __init__(self, manifest: Manifest, computed: tuple[str, str, str], precision: str, threads: int) -> None:
-        """As cluster.worker.Scorer."""
+        """Arguments as for cluster.worker.Scorer."""
         self.settings = manifest, computed, precision, threads
         self.pool = ThreadPoolExecutor(max(2, threads))
         self.ensemble: Ensemble | None = None
@@ -62,7 +62,7 @@ class Worker:
             return [one for batch in score_part(slide, part, self.ensemble, self.pool) for one in batch]
         except UserError as error:
             return error
-        except Exception:  # not foreseen, such as a lost GPU: another process may do better
+        except Exception:  # unexpected, such as a lost GPU: another process may succeed
             traceback.print_exc()
             os._exit(1)
 
@@ -105,7 +105,7 @@ def there(options: argparse.Namespace, manifest: Manifest) -> Iterator[Scorer]:
 
 
 def score_there(works: Iterable[Work], actors: list[Any]) -> Answering:
-    """Each actor has one part in work; results come in the order of the parts, as they do on one machine."""
+    """Each actor works on one part at a time; results come in the order of the parts, as they do on one machine."""
     parts = (
         (work, part)
         for work in works

@@ -2,8 +2,8 @@
 
 The table has the columns slide, x and y (level-0 pixels, the centre of the figure) and any others, which are kept.
 
-Exit code 0 when every detection was cut, 1 when nothing could be done, 3 when some could not: each has its line on
-stderr, and all others are in DIR/crops.csv, which `python -m inference score` takes.
+Exit code 0 when every detection was cut, 1 when nothing could be done, 3 when some could not be cut: each has its
+line on stderr, and all others are in DIR/crops.csv, which `python -m inference score` takes.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def require_openslide() -> None:
 
 @contextmanager
 def claimed(output: Path, settings: dict[str, object]) -> Iterator[dict[str, str]]:
-    """Hold the folder for this run alone, and for these settings: crops of others would be taken for finished.
+    """Lock the folder for this run and these settings: crops of other settings would be taken for finished ones.
 
-    Yields what each slide was known by when crops were first cut of it (see `reader.identity`), by its name.
+    Yields, by slide name, the `reader.identity` of each slide when crops were first cut from it.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -87,14 +87,14 @@ def claimed(output: Path, settings: dict[str, object]) -> Iterator[dict[str, str
 
 
 def known_files(output: Path, settings: dict[str, object]) -> dict[str, str]:
-    """The slides that crops in `output` come from. UserError where they were cut with other settings, or who knows."""
+    """The slides that crops in `output` come from. UserError where their settings differ or are not known."""
     file, files = output / SETTINGS, {}
     try:
         found = read_json(file, "name another folder", limit=1 << 30)
         if not isinstance(found, dict) or set(found) != {*settings, "files"} or not isinstance(found["files"], dict):
             raise UserError(f"{file} holds {found!r:.80}; expected how its crops were cut; name another folder")
         files = found.pop("files")
-        if found["slide_mpp"] is None:  # then nothing was cut from the slides that it is for
+        if found["slide_mpp"] is None:  # then no crop was cut from a slide that needs it
             found["slide_mpp"] = settings["slide_mpp"]
         if found != settings:
             raise UserError(f"{output} holds crops of {found}; expected {settings}; name another folder")
@@ -111,7 +111,7 @@ def keep_settings(output: Path, settings: dict[str, object], files: dict[str, st
 
 def is_there(file: Path) -> bool:
     try:
-        return file.stat().st_size > 0  # a computer that lost its power may leave an empty file
+        return file.stat().st_size > 0  # a loss of power may leave an empty file
     except (OSError, ValueError):
         return False
 
@@ -120,14 +120,17 @@ def is_there(file: Path) -> bool:
 class Run:
     """Cuts slide after slide. An OSError means that the output cannot be written, and ends the run."""
 
-    options: argparse.Namespace
-    settings: dict[str, object]
-    files: dict[str, str]  # what each slide is known by
+    output: Path
+    side: int  # pixels of a crop
+    mpp: float  # of a crop
+    slide_mpp: float | None  # of slides that do not state it
+    settings: dict[str, object]  # what crops in the folder must agree on
+    files: dict[str, str]  # identity of each slide, by name
     progress: Progress
     pool: ThreadPoolExecutor
     done: set[Detection] = field(default_factory=set)
     failed: set[Detection] = field(default_factory=set)
-    coarse: list[str] = field(default_factory=list)  # slides with less detail than was asked for
+    coarse: list[str] = field(default_factory=list)  # slides with less detail than asked for
     new: int = 0
 
     def complain(self, what: str, detections: Iterable[Detection] = ()) -> None:
@@ -139,24 +142,24 @@ class Run:
         """Write the n-th crop, in any thread."""
         data = io.BytesIO()
         crop.save(data, "PNG")
-        file = self.options.output / missing[n].path
+        file = self.output / missing[n].path
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, data.getvalue())
 
     def cut(self, name: str, file: Path, detections: Sequence[Detection]) -> None:
-        """All crops of one slide that are not there yet. UserError where the slide cannot be read."""
+        """Cut all crops of one slide that do not exist yet. UserError where the slide cannot be read."""
         if self.files.setdefault(name, identity(file)) != identity(file):
             raise UserError("it changed since crops of it were cut; expected the same slide; name another folder")
-        keep_settings(self.options.output, self.settings, self.files)
-        missing = [detection for detection in detections if not is_there(self.options.output / detection.path)]
+        keep_settings(self.output, self.settings, self.files)
+        missing = [detection for detection in detections if not is_there(self.output / detection.path)]
         self.done.update(set(detections).difference(missing))
         if not missing:
             return
-        slide = Slide(file, self.options.mpp, self.options.slide_mpp)
+        slide = Slide(file, self.mpp, self.slide_mpp)
         if min(slide.level.scale) < 1:
             self.coarse.append(f"{name} (by {1 / min(slide.level.scale):.3g})")
         places = [(detection.x, detection.y) for detection in missing]
-        errors = slide.each(places, self.options.side, partial(self.keep, missing), self.pool)
+        errors = slide.each(places, self.side, partial(self.keep, missing), self.pool)
         for detection, error in zip(missing, errors, strict=True):
             if error:
                 self.complain(f"{detection.slide} at {detection.where}: {error}", [detection])
@@ -166,7 +169,7 @@ class Run:
             self.progress.show(len(self.done) + len(self.failed), self.new + len(self.failed), self.new)
 
     def write_table(self, detections: Sequence[Detection], others: Sequence[str]) -> Path:
-        file: Path = self.options.output / TABLE
+        file = self.output / TABLE
         text = io.StringIO(newline="")
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["path", *REQUIRED, *others])
@@ -193,7 +196,8 @@ def run(options: argparse.Namespace) -> int:
         "slides": str(folder.resolve()),
     }
     with claimed(options.output, settings) as files, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        cutting = Run(options, settings, files, Progress(len(detections), "detections"), pool)
+        progress = Progress(len(detections), "detections")
+        cutting = Run(options.output, options.side, options.mpp, options.slide_mpp, settings, files, progress, pool)
         for problem in problems:
             cutting.complain(problem)
         try:

@@ -18,7 +18,7 @@ from ..errors import UserError
 from .found import Found, attempt, made
 from .geometry import box, number
 
-SPOTS, RECTANGLES, POLYGON = (1, 4), (2, 5), 3  # a rectangle's two corners; a circle is kept by those of its box too
+SPOTS, RECTANGLES, POLYGON = (1, 4), (2, 5), 3  # rectangles and circles are stored by two corners
 NEEDED = {"Slides", "Annotations", "Annotations_coordinates", "Classes"}
 
 

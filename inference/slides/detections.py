@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 from ..errors import UserError
 
 REQUIRED = ("slide", "x", "y")
-RESERVED = ("path", "page")  # what `score` looks for in a table; here they would be about something else
+RESERVED = ("path", "page")  # `score` reads these columns; here they would mean something else
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Detection:
 
     @property
     def path(self) -> str:
-        """The crop's, below the output folder: it follows from this row alone, and never leads out of there."""
+        """The crop's path below the output folder; it depends on this row alone, and never leads out of that folder."""
         slide = PurePath(self.slide)
         if slide.is_absolute() or ".." in slide.parts:
             slide = PurePath(f"{slide.name[:50]}-{sha256(self.slide.encode()).hexdigest()[:8]}")
@@ -37,7 +37,7 @@ class Detection:
 
 
 def read_detections(table: Path) -> tuple[list[Detection], list[str], list[str]]:
-    """The rows in their order, the names of their other columns, and a line for each row that makes no sense."""
+    """The rows in their order, the names of their other columns, and a line for each invalid row."""
     try:
         with table.open(newline="", encoding="utf-8-sig") as stream:
             lines = csv.reader(stream)
@@ -76,4 +76,4 @@ def coordinate(name: str, text: str) -> float:
         value = math.nan
     if not abs(value) < 1e9:
         raise UserError(f"{name} is {text!r:.40}; expected a number of level-0 pixels")
-    return round(value, 2) + 0.0  # no -0.0, which would have a name of its own
+    return round(value, 2) + 0.0  # -0.0 would get a name of its own

@@ -1,7 +1,7 @@
 """Files with detections: what other programs write, each recognised by its content and read into GeoJSON features.
 
-One row in FORMATS for each: a name, what it is known by, and one function that reads it. Every object becomes a GeoJSON
-feature, which keeps all that the file says about it; for QuPath's own files it is the file's, unchanged.
+Each has an entry in FORMATS: a name, how it is recognised, and a function that reads it. Every object becomes a GeoJSON
+feature, which keeps all that the file says about it; the features of QuPath's own files are kept unchanged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .geometry import box, number, point
 
 @dataclass(frozen=True)
 class Format:
-    """known_by: for the message about a file that is none of them; fits(document) before read(document)."""
+    """known_by: for the message about an unknown format; read(document) is called only where fits(document)."""
 
     name: str
     known_by: str
@@ -55,7 +55,7 @@ def read_geojson(document: Any) -> Iterator[Found]:
 
 
 def split_points(where: str, feature: Feature, points: Any) -> Iterator[Found]:
-    """Each point of a MultiPoint as a feature of its own, for each gets a class of its own."""
+    """Each point of a MultiPoint as its own feature, because each gets its own class."""
     if not isinstance(points, list) or not points:
         yield Found(where, UserError("its MultiPoint has no points; expected one or more"))
         return
@@ -180,7 +180,7 @@ def read_tcga(document: Any) -> Iterator[Found]:
         yield attempt(where, partial(read, where, n))
 
 
-# our own table
+# this project's own table
 def fits_csv(document: Any) -> bool:
     return isinstance(document, Rows) and {"x", "y"} <= set(document.columns)
 

@@ -13,9 +13,9 @@ Feature = dict[str, Any]
 
 @dataclass(frozen=True)
 class Found:
-    """One object. where: for messages; slide: as the file names it, or "" where it names none.
+    """One object. where: its place in the file, for messages; slide: as named in the file, or "".
 
-    feature: GeoJSON, or a UserError that says why there is none; centre: x, y where the file states one, else None;
+    feature: GeoJSON, or a UserError that says why there is none; centre: x, y if the file states one, else None;
     magnification: the objective whose pixels the coordinates count, or None where they are level 0's.
     """
 
@@ -27,7 +27,7 @@ class Found:
 
 
 def made(geometry: Feature, identity: Any, kind: str, **metadata: Any) -> Feature:
-    """A feature for an object of another format than GeoJSON. metadata: what QuPath shows beside it, as text."""
+    """A feature for an object in a format other than GeoJSON. metadata: texts that QuPath shows with it."""
     properties: Feature = {"objectType": "detection"}
     if kind:
         properties["classification"] = {"name": kind}
@@ -38,7 +38,7 @@ def made(geometry: Feature, identity: Any, kind: str, **metadata: Any) -> Featur
 
 
 def attempt(where: str, make: Callable[[], Found]) -> Found:
-    """What `make` returns, or the object with the reason why it could not be understood."""
+    """The result of `make`, or the object with the reason why it could not be read."""
     try:
         return make()
     except UserError as error:

@@ -1,6 +1,6 @@
 """Where an object's centre lies: points, polygons and several of them, as GeoJSON (RFC 7946) writes them.
 
-Coordinates are pixels. Whatever has no centre that a crop could be cut around is a UserError that says why.
+Coordinates are pixels. A geometry without a usable centre raises a UserError that says why.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def point(pair: Any) -> tuple[float, float]:
 
 
 def number(name: str, value: Any) -> float:
-    """A coordinate. UserError where it is no finite number of pixels."""
+    """A coordinate. UserError where it is not a finite number of pixels."""
     try:
         found = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
     except (ValueError, OverflowError):
@@ -39,7 +39,7 @@ def number(name: str, value: Any) -> float:
 def ring(corners: Any, figure: bool = True) -> np.ndarray:
     """The corners (N, 2) of a closed ring, the first one not repeated. UserError where it crosses itself.
 
-    figure: of a mitotic figure; a region may have any number of corners, and is checked up to CORNERS of them
+    figure: the ring is a mitotic figure's; a region may have more than CORNERS corners, and is then not checked
     """
     if not isinstance(corners, list) or len(corners) < 3:
         raise UserError("its polygon has fewer than 3 corners; expected an outline")
@@ -70,9 +70,9 @@ def crosses_itself(corners: np.ndarray) -> bool:
 def area_and_centre(corners: np.ndarray) -> tuple[float, np.ndarray]:
     """Area in square pixels and centre (2,) of a ring (N, 2) that does not cross itself.
 
-    The centre is the mean corner where the area is nothing, or where the formula leaves the ring's box.
+    The centre is the mean corner if the area is zero, or if the formula gives a point outside the ring's box.
     """
-    origin = corners.mean(0)  # near the ring, for precision
+    origin = corners.mean(0)  # close to the ring, for precision
     p = corners - origin
     q = np.roll(p, -1, 0)
     cross = p[:, 0] * q[:, 1] - q[:, 0] * p[:, 1]
@@ -80,7 +80,7 @@ def area_and_centre(corners: np.ndarray) -> tuple[float, np.ndarray]:
     if abs(area) < 1e-6:
         return 0.0, origin
     centre = ((p + q) * cross[:, None]).sum(0) / (6 * area)
-    if (centre < p.min(0)).any() or (centre > p.max(0)).any():  # lobes that touch and wind against each other
+    if (centre < p.min(0)).any() or (centre > p.max(0)).any():  # touching lobes of opposite orientation
         centre = np.zeros(2)
     return abs(area), origin + centre
 
@@ -97,7 +97,7 @@ def polygons(geometry: dict[str, Any], figure: bool = True) -> list[list[np.ndar
 
 
 def centre(geometry: Any) -> tuple[float, float]:
-    """The centre of a figure, in pixels. UserError where the geometry has none, or is none of a mitotic figure."""
+    """The centre of a figure, in pixels. UserError where it has none, or cannot be a mitotic figure."""
     kind = geometry.get("type") if isinstance(geometry, dict) else None
     if kind == "Point":
         return point(geometry.get("coordinates"))
@@ -107,7 +107,7 @@ def centre(geometry: Any) -> tuple[float, float]:
 
 
 def centre_of(shapes: Sequence[Sequence[np.ndarray]]) -> tuple[float, float]:
-    """The centre of polygons' area, holes left out; of their corners where the area is nothing."""
+    """The centre of polygons' area, holes left out; of their corners if the area is zero."""
     outer = np.concatenate([rings[0] for rings in shapes])
     extent = float(np.ptp(outer, axis=0).max())
     if extent > LARGEST:

@@ -1,7 +1,7 @@
-"""What a run has answered so far, for the next run of the same command: a line for each batch, objects by content.
+"""The answers of a run so far, for the next run of the same command: one line per batch, objects by content.
 
-An object's key is made of all that the answer follows from: what the slide's file held, the place, how the crop is cut,
-the ensemble and the precision. So nothing in it can be stale: what no longer applies is never found.
+An object's key consists of everything that its answer depends on: the slide's content, the place, how the crop is cut,
+the ensemble and the precision. So no answer can be stale: one that no longer applies is never found.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def key(*what: object) -> str:
 
 
 class Journal:
-    """`known` holds what earlier runs answered; `add` writes more, and hands it to the system at once."""
+    """`known` holds what earlier runs answered; `add` writes more, and flushes it at once."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -45,7 +45,7 @@ class Journal:
                     batch[str(name)] = float(p), tuple(map(float, folds)), tuple(map(float, members))
                 self.known |= batch
             except (ValueError, TypeError):
-                break  # a run that was stopped, or a full disk: from here on nothing counts
+                break  # cut off by a stop or a full disk: ignore the rest
             end += len(line)
         self.stream.truncate(end)
 
@@ -56,13 +56,13 @@ class Journal:
             self.stream.flush()
 
     def remove(self) -> None:
-        """After a run that has tried everything."""
+        """Delete the file, after a run that has tried everything."""
         self.file.unlink(missing_ok=True)
 
 
 @contextmanager
 def journal(output: Path) -> Iterator[Journal]:
-    """The journal beside `output`, held by this run alone."""
+    """The journal beside `output`, locked for this run."""
     file = output.with_name(f".{output.name}.journal")
     try:
         opened = Journal(file)

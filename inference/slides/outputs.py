@@ -29,7 +29,7 @@ REPORT = b"atypical mitotic figures</title>"
 
 
 def check_writable(file: Path, begins: bytes, inputs: Iterable[Path]) -> None:
-    """UserError where `file` is an input or of somebody else: it has to be new, or to begin as one of ours does."""
+    """UserError where `file` is an input or not ours: it has to be new, or to begin as our files do."""
     if any(file.exists() and one.exists() and file.samefile(one) for one in inputs):
         raise UserError(f"{file} is an input; expected another file for the results; name another")
     try:
@@ -59,7 +59,7 @@ def geojson_file(output: Path, slide: Path) -> Path:
 
 
 def for_qupath(target: Target, answer: Answer, scored: Scored, origin: str | None, manifest: Manifest) -> Feature:
-    """The object with its answer; a geometry that was made here counts from the scanned area, as QuPath does."""
+    """The object with its answer; a geometry made here gets coordinates from the scanned area, as in QuPath."""
     feature = target.feature
     if not target.theirs:
         factor = scale(target, scored.slide)
@@ -94,7 +94,7 @@ def object_row(
 
 
 def plain(text: str) -> str:
-    """Text that starts no formula in a spreadsheet, on one line."""
+    """The text on one line, and such that a spreadsheet does not read it as a formula."""
     text = " ".join(text.split()) if "\n" in text or "\r" in text else text
     return f"'{text}" if text[:1] in ("=", "+", "@") else text
 
@@ -112,7 +112,7 @@ def write_csv(file: Path, results: Sequence[Scored], manifest: Manifest) -> None
 def summarise(
     scored: Scored, failed: int, regions: Sequence[Feature], origin: str | None, manifest: Manifest, complain: Complain
 ) -> Summary:
-    """One slide's counts. regions: outlines whose area counts, of the same file and origin as the objects."""
+    """One slide's counts. regions: outlines whose area counts, with the same file and origin as the objects."""
     x, y = np.array(scored.places).reshape(-1, 2).T
     atypical = np.array([one.p_atypical >= manifest.threshold for one in scored.answers], bool)
     mpp = scored.slide.level.mpp

@@ -12,8 +12,8 @@ from .statistics import HotSpot, Summary, wilson, window
 from .work import Scored
 
 SIDE = 720  # pixels of a thumbnail's longer side
-READ = 1 << 26  # pixels of the level that it is made of: 256 MB; a slide without a small level gets an outline
-DRAWN = 20_000  # figures on a thumbnail
+READ = 1 << 26  # most pixels of the level to read: 256 MB; a slide without so small a level gets an outline
+DRAWN = 20_000  # most figures on a thumbnail
 NOTE = (
     "P(atypical) presumes that each object is a mitotic figure: of what the detector wrongly took for one, it says "
     "nothing, and it counts here as a figure. Share: 95% Wilson interval. Hot spot: the 2 mm² (ten high-power fields) "
@@ -22,7 +22,7 @@ NOTE = (
 
 
 def overview(results: Sequence[Scored], summaries: Sequence[Summary], manifest: Manifest) -> str:
-    """HTML of the section; the crops are numbered through all slides, in their order."""
+    """HTML of the section; crops are numbered consecutively over all slides, in their order."""
     rows = "\n".join(map(row, summaries))
     heads = ("Slide", "Figures", "Atypical", "Share", "Per mm²", "Hot spot", "Atypical hot spot", "Not scored")
     columns = "".join(f'<th scope="col">{head}</th>' for head in heads)
@@ -49,7 +49,7 @@ def row(one: Summary) -> str:
 def figure(one: Scored, summary: Summary, first: int, threshold: float) -> str:
     """A thumbnail as SVG in slide coordinates: the picture below, the figures on it."""
     width, height = one.slide.size
-    unit = max(width, height) / SIDE  # level-0 pixels for one on the screen
+    unit = max(width, height) / SIDE  # level-0 pixels per screen pixel
     marks = []
     for n, ((x, y), answer) in enumerate(zip(one.places[:DRAWN], one.answers[:DRAWN], strict=True)):
         kind = "atypical" if answer.p_atypical >= threshold else "normal"
@@ -88,7 +88,7 @@ def picture(one: Scored, width: int, height: int) -> str:
     stream = io.BytesIO()
     try:
         slide.get_thumbnail((SIDE, SIDE)).convert("RGB").save(stream, "WEBP", quality=70)
-    except OpenSlideError:  # a damaged tile, which has cost its own crops already
+    except OpenSlideError:  # a damaged tile; its crops were reported already
         return ""
     data = base64.b64encode(stream.getvalue()).decode()
     return f'<image href="data:image/webp;base64,{data}" width="{width}" height="{height}"/>'

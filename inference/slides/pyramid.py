@@ -1,7 +1,8 @@
 """Reads crops from the pyramid of a whole slide: which level, which pixels of it, and what lies beyond the border.
 
-A crop is cut as those of AMi-Br were: the slide's columns x - side/2 to x + side/2 - 1, its rows alike, and black where
-nothing was scanned. (Of the 2,894 crops of its training split 101 reach over a border, all by that rule, all black.)
+A crop is cut as those of AMi-Br were: the slide's columns x - side/2 to x + side/2 - 1, rows likewise, and black where
+nothing was scanned. (Of the 2,894 crops of its training split, 101 extend beyond a border: all follow that rule, and
+all are black there.)
 x and y are level-0 pixels as OpenSlide counts them. Reader: https://openslide.org/api/python
 """
 
@@ -20,19 +21,19 @@ if TYPE_CHECKING:
     from PIL import Image
 
 # AMi-Br's crops are the scanners' own pixels, 0.23 um/px (Hamamatsu) to 0.25 (Aperio; Aubreville et al. 2023, table 1)
-NEAR = 0.1  # so a level that is no further from the wanted um/px, as a share of it, is taken as it is
+NEAR = 0.1  # a level whose um/px is within this share of the wanted one is not resampled
 CONVERT = (".czi", ".vsi", ".ets", ".lif", ".isyntax")  # OpenSlide 4 reads some CZI files, and none of the others
 CONVERT_BY = "convert it with bfconvert (Bio-Formats) or QuPath to a tiled OME-TIFF"
-PLAUSIBLE = 0.05, 5.0  # um/px of a slide; 72 dpi, which many programs write without a thought, would be 353
+PLAUSIBLE = 0.05, 5.0  # um/px of a slide; 72 dpi, a default of many programs, would be 353
 
 
 @dataclass(frozen=True)
 class Level:
-    """Where crops are read from: a level of the pyramid, and how many of its pixels make one of a crop's (x, y)."""
+    """Where crops are read: a level of the pyramid, and the number of its pixels per pixel of a crop (x, y)."""
 
     number: int
     downsample: float
-    scale: tuple[float, float]  # (1, 1): taken as it is
+    scale: tuple[float, float]  # (1, 1): not resampled
     mpp: tuple[float, float]  # of level 0, um/px in x and y
 
 
@@ -42,7 +43,7 @@ def open_slide(file: Path) -> OpenSlide | ImageSlide:
     from PIL import Image
 
     try:
-        with file.open("rb"):  # OpenSlide has one message for every reason
+        with file.open("rb"):  # OpenSlide has the same message for every reason
             try:
                 return OpenSlide(file)
             except OpenSlideUnsupportedFormatError:
@@ -52,7 +53,7 @@ def open_slide(file: Path) -> OpenSlide | ImageSlide:
         raise UserError("is a flat image of too many pixels; expected a tiled, pyramidal one; convert it") from None
     except OpenSlideError as error:
         raise UserError(unreadable(file, str(error))) from None
-    except (OSError, ValueError, SyntaxError) as error:  # PIL has all three for a damaged file
+    except (OSError, ValueError, SyntaxError) as error:  # PIL raises all three for damaged files
         reason = getattr(error, "strerror", None) or ("embedded null byte" if "\0" in str(file) else None)
         if reason is None:
             raise UserError(unreadable(file, "no format that it knows")) from None
@@ -65,7 +66,7 @@ def unreadable(file: Path, reason: str) -> str:
 
 
 def choose_level(slide: OpenSlide | ImageSlide, mpp: float, fallback: float | None) -> Level:
-    """The coarsest level that has the detail of `mpp` um/px. fallback: um/px of level 0 where it states none."""
+    """The coarsest level that has the detail of `mpp` um/px. fallback: um/px of level 0 if the slide states none."""
     try:
         x, y = (float(slide.properties[f"openslide.mpp-{axis}"]) for axis in "xy")
         stated = f"{x:g} µm/px"
@@ -91,13 +92,13 @@ def read_crop(slide: OpenSlide | ImageSlide, level: Level, x: float, y: float, s
     if not (0 <= x < width and 0 <= y < height):
         raise UserError(f"it lies outside the slide's {width:,} x {height:,} pixels; expected level-0 pixels")
     as_is = level.scale == (1, 1)
-    size = [side * share for share in level.scale]  # in pixels of the level, as all below
+    size = [side * share for share in level.scale]  # from here on in pixels of the level
     start = [centre / level.downsample - extent / 2 for centre, extent in zip((x, y), size, strict=True)]
     if max(size) > MAX_SIDE:
         raise UserError(
             f"a crop takes {max(size):,.0f} pixels a side; expected up to {MAX_SIDE:,}; lower --side or --mpp"
         )
-    # the kernel, bicubic, reaches over the crop's border
+    # the bicubic kernel extends beyond the crop's border
     margin = 0 if as_is else math.ceil(2 * max(1, *level.scale)) + 1
     corner = [math.floor(low + 0.5 if as_is else low - margin) for low in start]
     extents = [math.ceil(extent + 2 * margin + (not as_is)) for extent in size]

@@ -17,12 +17,12 @@ from ..manifest import Manifest
 from .found import Feature, class_of
 
 CLASSES = ("Normal mitosis", [0, 158, 115]), ("Atypical mitosis", [213, 94, 0])  # the report's green and vermilion
-BEFORE = "Detected as"  # where the class that an object had is kept
+BEFORE = "Detected as"  # the metadata with the class that an object had
 MARK = '{"type": "FeatureCollection", "atypical_mitosis": '  # how a file of ours begins
 
 
 def measurements(answer: Answer, manifest: Manifest) -> dict[str, float]:
-    """P(atypical), of each member and fold, and the spread, by the name that QuPath shows."""
+    """P(atypical), also of each member and fold, and the spread, by the names that QuPath shows."""
     members = zip(member_columns(manifest), answer.member_p, strict=True)
     folds = zip(fold_columns(manifest), answer.fold_p, strict=True)
     parts = {f"P(atypical) {name.replace('_', ' ')}": p for name, p in (*members, *folds)}
@@ -30,7 +30,7 @@ def measurements(answer: Answer, manifest: Manifest) -> dict[str, float]:
 
 
 def with_answer(feature: Feature, answer: Answer, manifest: Manifest) -> Feature:
-    """A copy of the feature with its answer; what else it holds stays."""
+    """A copy of the feature with its answer; everything else in it stays."""
     given = feature.get("properties")
     properties: Feature = dict(given) if isinstance(given, dict) else {}
     name, color = CLASSES[answer.p_atypical >= manifest.threshold]

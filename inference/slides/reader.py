@@ -1,4 +1,4 @@
-"""One open slide: what it is, and its crops read ahead in threads, so that whoever takes them does not wait."""
+"""One open slide: what it is, and its crops read ahead in threads, so that the caller does not wait."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .pyramid import choose_level, open_slide, read_crop
 if TYPE_CHECKING:
     from PIL import Image
 
-ENDS = 1 << 16  # bytes at a file's start and end that tell it from another
-AHEAD = 512  # crops read before they are taken: 25 MB of 128 x 128
+ENDS = 1 << 16  # bytes at a file's start and end that help to identify it
+AHEAD = 512  # crops read ahead: 25 MB at 128 x 128
 T = TypeVar("T")
 
 
 def identity(file: Path) -> str:
-    """What tells a file from any other content under its name: size, time of change, and its first and last bytes.
+    """What identifies a file's content: size, modification time, and its first and last bytes.
 
-    A slide of several files (MIRAX, DICOM) is known by the one that is named.
+    A slide of several files (MIRAX, DICOM) is identified by the file that is named.
     """
     try:
         with file.open("rb") as stream:
@@ -39,7 +39,7 @@ def identity(file: Path) -> str:
 
 
 class Slide:
-    """UserError where the file is no slide, or states no um/px and `fallback` is None."""
+    """UserError where the file is not a slide, or states no um/px and `fallback` is None."""
 
     def __init__(self, file: Path, mpp: float, fallback: float | None) -> None:
         self.file, self.identity = file, identity(file)
@@ -48,7 +48,7 @@ class Slide:
         self.size: tuple[int, int] = self.slide.dimensions  # level-0 pixels, width and height
 
     def scanned_from(self) -> tuple[float, float]:
-        """Where the scanned area begins, in level-0 pixels: (0, 0) where the slide states none."""
+        """Where the scanned area begins, in level-0 pixels: (0, 0) if the slide states none."""
         try:
             x, y = (float(self.slide.properties.get(f"openslide.bounds-{axis}", 0)) for axis in "xy")
         except ValueError:
@@ -56,7 +56,7 @@ class Slide:
         return x, y
 
     def changed(self, known_as: str) -> bool:
-        """Whether what was opened, or what the file now holds, has another `identity`."""
+        """Whether the opened file, or the file as it is now, has another `identity`."""
         try:
             return not identity(self.file) == self.identity == known_as
         except UserError:
@@ -69,9 +69,9 @@ class Slide:
         use: Callable[[int, Image.Image], T],
         pool: ThreadPoolExecutor,
     ) -> Iterator[T | UserError]:
-        """`use(n, crop)` of the crop at each place, called in the pool's threads, or why it could not be read.
+        """Call `use(n, crop)` for the crop at each place, in the pool's threads; yields its result or a UserError.
 
-        In the order of `places`, level-0 pixels. An exception of `use` other than UserError ends it.
+        In the order of `places` (level-0 pixels). An exception of `use` other than UserError passes through.
         """
         waiting: deque[Future[T | UserError]] = deque()
         try:
@@ -94,7 +94,7 @@ class Slide:
             try:
                 crop = read_crop(self.slide, self.level, *place, side)
             except OpenSlideError:
-                # after one damaged tile an open slide fails for good, for crops elsewhere too: try with a fresh one
+                # after one damaged tile an open slide fails for all later crops, wherever they lie: open it again
                 fresh = open_slide(self.file)
                 crop = read_crop(fresh, self.level, *place, side)
                 self.slide = fresh

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -52,11 +52,11 @@ def score_here(works: Iterable[Work], ensemble: Ensemble, pool: ThreadPoolExecut
 
 
 class Run:
-    """What was scored of each slide, and how many objects were not."""
+    """The scored objects of each slide, and the names of those that were not scored."""
 
-    def __init__(self, options: argparse.Namespace, manifest: Manifest) -> None:
-        self.options, self.manifest = options, manifest
-        self.cutting = Cutting(options.side, options.mpp, options.slide_mpp, options.origin)
+    def __init__(self, cutting: Cutting, manifest: Manifest, pictures: bool) -> None:
+        """pictures: keep small pictures of the crops, for a report."""
+        self.cutting, self.manifest, self.pictures = cutting, manifest, pictures
         self.stream: IO[str] = sys.stderr
         self.progress = Progress(1, "detections", self.stream)
         self.settings: dict[str, str] = {}
@@ -82,32 +82,25 @@ class Run:
         print(f"not scored: {' '.join(line.split())}", file=self.stream, flush=True)
 
     def lose(self, file: Path, targets: Sequence[Target], error: UserError) -> None:
-        """All objects of a slide; those that have a reason of their own keep it."""
+        """Report all objects of a slide as failed; those with a reason of their own keep it."""
         rest = [target.name for target in targets if target.name not in self.failed]
         self.failed.update(rest)
         self.incomplete = True
         self.say(f"{file} ({len(rest):,} detection{'s' * (len(rest) > 1)}): {error}")
 
     def opened(self, found: Collected, about: Sequence[str], journal: Journal) -> Iterator[Work]:
-        """One slide after another, when its turn comes."""
+        """One slide after another, each opened when it is asked for."""
         for file, targets in found.slides.items():
             try:
-                pictures = self.options.report is not None
-                work = Work(file, targets, self.cutting, about, journal, self.complain, pictures)
+                work = Work(file, targets, self.cutting, about, journal, self.complain, self.pictures)
             except UserError as error:
                 self.lose(file, targets, error)
                 continue
             self.works.append(work)
             yield work
 
-    def score(self, found: Collected, journal: Journal) -> None:
-        """All slides. UserError where nothing can be scored here, or on the cluster that was asked for."""
-        if self.options.ray:
-            from .cluster import there
-
-            scoring = there(self.options, self.manifest)
-        else:
-            scoring = here(self.options)
+    def score(self, found: Collected, journal: Journal, scoring: AbstractContextManager[Scorer]) -> None:
+        """Score all slides. UserError where `scoring` cannot begin, here or on a cluster."""
         with scoring as scorer:
             self.stream = scorer.stream
             self.progress = Progress(found.total, "detections", self.stream)
@@ -125,18 +118,18 @@ class Run:
         self.stream = sys.stderr
         self.results = [scored for work in self.works if not work.lost and (scored := work.scored()).targets]
 
-    def write(self, found: Collected) -> None:
-        """All results that were asked for. OSError where one cannot be written."""
-        options, manifest, results = self.options, self.manifest, self.results
+    def write(self, found: Collected, options: argparse.Namespace) -> None:
+        """Write all results that were asked for. OSError where one cannot be written."""
+        manifest, results, origin = self.manifest, self.results, self.cutting.origin
         if not results:
             raise UserError(f"none of {found.total:,} detections could be scored; each is named above")
         for one in results:
             failed = sum(target.name in self.failed for target in found.slides[one.file])
             regions = found.regions.get(one.file, [])
-            self.summaries.append(outputs.summarise(one, failed, regions, options.origin, manifest, self.complain))
+            self.summaries.append(outputs.summarise(one, failed, regions, origin, manifest, self.complain))
         if options.output:
             for one in results:
-                file = outputs.write_geojson(options.output, one, options.origin, manifest)
+                file = outputs.write_geojson(options.output, one, origin, manifest)
                 print(f"{file}: {len(one.answers):,} objects")
         if options.csv:
             outputs.write_csv(options.csv, results, manifest)

@@ -1,4 +1,4 @@
-"""Scores crops of one slide: they are read ahead in threads while the network computes, and none is kept."""
+"""Scores the crops of one slide: threads read ahead while the network computes, and no crop is kept."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
     from ..ensemble import Ensemble
 
-BATCH = 32  # crops predicted together. Fixed: how far an earlier run came, and on which machine, changes no answer
+BATCH = 32  # crops predicted together; fixed, so that answers depend neither on an earlier run nor on the machine
 BRIGHT = 200  # of 255: a mitotic figure has chromatin, which is darker in at least one channel
 DARK_SHARE = 1  # percent of the crop's central half that has to be darker than that
 
 
 @dataclass(frozen=True)
 class Cutting:
-    """How crops are cut. origin: what the files' coordinates count from, "slide", "scan", or None: not said."""
+    """How crops are cut. origin: where the files' coordinates begin: "slide", "scan", or None if not given."""
 
     side: int
     mpp: float
@@ -38,10 +38,10 @@ class Cutting:
 
 @dataclass(frozen=True)
 class Part:
-    """Crops of one slide, as whoever scores them has to know them.
+    """Some crops of one slide, with all that is needed to score them.
 
     numbers: of the objects in the slide's reading order, increasing; places: their centres in level-0 pixels;
-    known: those that have an answer, so that only their pictures are wanted; identity: of the slide's file
+    known: those that have an answer already, and need only a picture; identity: of the slide's file
     """
 
     file: Path
@@ -53,12 +53,12 @@ class Part:
     pictures: bool
 
 
-Outcome = tuple[Answered | None, Picture | None] | UserError  # an answer unless it is known, a picture if wanted
+Outcome = tuple[Answered | None, Picture | None] | UserError  # an answer unless already known, a picture if needed
 Outcomes = list[tuple[int, Outcome]]  # by the number of the object
 
 
 def look(crop: Image.Image) -> np.ndarray:
-    """uint8 (H, W, 3). UserError where there is nothing to see: blank glass, or nothing was scanned."""
+    """uint8 (H, W, 3). UserError where it is blank glass, or nothing was scanned."""
     pixels = np.asarray(crop)
     if not pixels.any():
         raise UserError("nothing was scanned there; expected tissue")
@@ -70,7 +70,7 @@ def look(crop: Image.Image) -> np.ndarray:
 
 
 def score_part(slide: Slide, part: Part, ensemble: Ensemble, pool: ThreadPoolExecutor) -> Iterator[Outcomes]:
-    """What became of each object, batch after batch. UserError where the slide is not, or no longer, the part's."""
+    """The outcome of each object, batch after batch. UserError where the slide is not, or no longer, the part's."""
 
     def use(_: int, crop: Image.Image) -> tuple[np.ndarray, Picture | None]:
         pixels = look(crop)
@@ -81,7 +81,7 @@ def score_part(slide: Slide, part: Part, ensemble: Ensemble, pool: ThreadPoolExe
         read = list(batch)
         new = [(n, got[0]) for n, got in read if not isinstance(got, UserError) and n not in part.known]
         answers = dict(zip((n for n, _ in new), predict(ensemble, [crop for _, crop in new]), strict=True))
-        if slide.changed(part.identity):  # all of these crops were read before this: none is of another file
+        if slide.changed(part.identity):  # these crops were all read before this check: none is from another file
             raise UserError("it changed while it was read; expected it to stay; run the same command again")
         yield [(n, got if isinstance(got, UserError) else (answers.get(n), got[1])) for n, got in read]
 

@@ -1,6 +1,6 @@
 """What a slide's answers add up to: counts, the atypical share with its interval, density, and the hot spot.
 
-P(atypical) presumes a mitotic figure: what the detector wrongly took for one is counted here as a figure too.
+P(atypical) presumes a mitotic figure: a detector's false positives are counted here as figures too.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 
 FIELDS = 2.0  # mm2: ten high-power fields (0.2 mm2 each; Donovan et al., Vet Pathol 2021)
-RATIO = 4 / 3  # the hot spot's width by its height, as of a field of view (MIDOG: about 4:3)
+RATIO = 4 / 3  # width by height of the hot spot, as of a field of view (MIDOG: about 4:3)
 Z = 1.959964  # of the normal distribution, for 95%
 
 
 def wilson(hits: int, total: int) -> tuple[float, float]:
-    """95% interval of a share, hits of total (Wilson 1927); (0, 1) where there is nothing."""
+    """95% interval of a share, hits of total (Wilson 1927); (0, 1) if total is 0."""
     if not total:
         return 0.0, 1.0
     share = hits / total
@@ -42,10 +42,10 @@ def window(mpp: tuple[float, float]) -> tuple[float, float]:
 
 
 def hot_spot(x: np.ndarray, y: np.ndarray, mpp: tuple[float, float]) -> HotSpot | None:
-    """Where a window of 2 mm2 holds the most of the figures at x, y (N,), level-0 pixels; None without figures.
+    """The window of 2 mm2 with the most of the figures at x, y (N,), in level-0 pixels; None without figures.
 
-    Exact: some best window has a figure on its left border and one on its top. For each left border the figures that
-    are wide enough are swept from top to bottom. Ties: the leftmost, then the topmost.
+    Exact: some best window has a figure on its left border and one on its top. For each left border the figures
+    within the width are swept from top to bottom. Ties: the leftmost, then the topmost.
     """
     if not len(x):
         return None
@@ -55,7 +55,7 @@ def hot_spot(x: np.ndarray, y: np.ndarray, mpp: tuple[float, float]) -> HotSpot 
     best = (0, 0.0, 0.0)
     for first, last in enumerate(np.searchsorted(xs, xs + width, "right")):
         if last - first <= best[0]:
-            continue  # not even all of them would be more
+            continue  # even all of them would not beat the best
         some = np.sort(ys[first:last])
         counts = np.searchsorted(some, some + height, "right") - np.arange(len(some))
         top = int(counts.argmax())
@@ -63,13 +63,13 @@ def hot_spot(x: np.ndarray, y: np.ndarray, mpp: tuple[float, float]) -> HotSpot 
             best = int(counts[top]), float(xs[first]), float(some[top])
     count, left, upper = best
     chosen = (xs >= left) & (xs <= left + width) & (ys >= upper) & (ys <= upper + height)
-    middle = [float(axis[chosen].min() + axis[chosen].max()) / 2 for axis in (xs, ys)]  # the window around its figures
+    middle = [float(axis[chosen].min() + axis[chosen].max()) / 2 for axis in (xs, ys)]  # centred on its figures
     return HotSpot(middle[0], middle[1], count)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One slide's row. area: mm2 of the outlined region, or None; with it, `inside` figures and atypical ones count."""
+    """One slide's row. area: mm2 of the outlined region, or None; inside: figures and atypical ones in it."""
 
     slide: str
     figures: int
@@ -85,7 +85,7 @@ class Summary:
         return self.atypical / self.figures if self.figures else None
 
     def row(self) -> dict[str, object]:
-        """By column, for CSV; a value that there is not is empty."""
+        """By column, for CSV; a missing value is empty."""
         low, high = wilson(self.atypical, self.figures)
         spots = {"hotspot": self.hottest, "atypical_hotspot": self.hottest_atypical}
         row: dict[str, object] = {

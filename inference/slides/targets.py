@@ -12,15 +12,15 @@ from .formats import read_file
 from .found import Feature, Found, class_of
 from .geometry import centre
 
-Complain = Callable[..., None]  # what it is about, why it is not scored, and False where it is no object to score
+Complain = Callable[..., None]  # (what it is about, why it is not scored, False if it is not an object to score)
 NOT_SLIDES = (".geojson", ".json", ".csv", ".gz", ".zip", ".sqlite", ".db", ".html")
 
 
 @dataclass(frozen=True)
 class Target:
-    """An object to score. x, y: its centre in the pixels that its file counts; magnification as in Found.
+    """An object to score. x, y: its centre in the pixels that its file counts; magnification: as in Found.
 
-    theirs: the geometry is the file's own and stays as it is; else it was made here, in the slide's pixels.
+    theirs: the geometry is the file's own and is kept; otherwise it was made here, in the slide's pixels.
     """
 
     file: Path
@@ -46,7 +46,7 @@ class Collected:
 
     slides: dict[Path, list[Target]] = field(default_factory=dict)
     regions: dict[Path, list[Feature]] = field(default_factory=dict)
-    total: int = 0  # objects of the classes that were asked for, those that cannot be scored included
+    total: int = 0  # objects of the chosen classes, including those that cannot be scored
     classes: Counter[str] = field(default_factory=Counter)
 
 
@@ -58,9 +58,9 @@ def collect(
     region: str | None,
     complain: Complain,
 ) -> Collected:
-    """Read all files. classes: only objects of these (none: of any); region: the class of outlines of an area.
+    """Read all files. classes: only objects of these (empty: of any); region: the class of outlines of an area.
 
-    UserError where a file cannot be read at all, or nothing is left; each object that makes no sense is complained of.
+    UserError where a file cannot be read at all, or nothing is left; each invalid object is passed to `complain`.
     """
     found = Collected()
     wanted = {name.casefold() for name in classes}
@@ -88,7 +88,7 @@ def take(
     region: str | None,
     complain: Complain,
 ) -> None:
-    """Put one object where it belongs, or complain of it."""
+    """Add one object to its slide or region, or complain about it."""
     kind = "" if isinstance(one.feature, UserError) else class_of(one.feature)
     found.classes[kind] += 1
     if not isinstance(one.feature, UserError):
@@ -121,7 +121,7 @@ def take(
 
 
 def slide_of(file: Path, named: str, slide: Path | None, folder: Path | None) -> Path:
-    """The slide of an object: --slide, or what its file names, or the one that is called as its file is."""
+    """The slide of an object: --slide, or what its file names, or the slide with the same name as its file."""
     if slide is not None:
         if named and PurePath(named).name != slide.name:
             raise UserError(f"it lies on {PurePath(named).name:.80}; expected {slide.name}; give --slides FOLDER")
@@ -137,7 +137,7 @@ def slide_of(file: Path, named: str, slide: Path | None, folder: Path | None) ->
 
 
 def only_one(place: Path, stem: str) -> Path:
-    """The file in `place` that is called `stem` and whatever suffix a slide has."""
+    """The only file in `place` that is called `stem` with a slide's suffix."""
     try:
         some = [one for one in sorted(place.iterdir()) if stem in (one.stem, one.name)]
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The objects of one slide: where they lie, what an earlier run answered, and what this one does."""
+"""The objects of one slide: where they lie, and what earlier runs and this one answered."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .targets import Complain, Target
 
 @dataclass
 class Scored:
-    """One slide's results, by object in the order of its files."""
+    """One slide's results, one per object, in the order of its files."""
 
     file: Path
     slide: Slide
@@ -36,7 +36,7 @@ def to_level_0(target: Target, slide: Slide, origin: str | None) -> tuple[float,
 
 
 def scale(target: Target, slide: Slide) -> float:
-    """Level-0 pixels for one of the file's."""
+    """Level-0 pixels per pixel of the file's coordinates."""
     if target.magnification is None:
         return 1.0
     try:
@@ -52,7 +52,7 @@ def scale(target: Target, slide: Slide) -> float:
 
 
 def check_origin(slide: Slide, origin: str | None) -> None:
-    """UserError where it matters what coordinates count from, and nobody said it."""
+    """UserError where the origin of the coordinates matters but was not given."""
     x, y = slide.scanned_from()
     if origin is None and (x, y) != (0, 0):
         raise UserError(
@@ -64,7 +64,7 @@ def check_origin(slide: Slide, origin: str | None) -> None:
 def placed(
     slide: Slide, targets: Sequence[Target], origin: str | None, complain: Complain
 ) -> Iterator[tuple[int, tuple[float, float]]]:
-    """The number and the place of each object that has one of its own."""
+    """The number and the place of each object; of several in one place, only of the first."""
     first: dict[tuple[float, float], str] = {}
     for n, target in enumerate(targets):
         try:
@@ -78,14 +78,14 @@ def placed(
         yield n, place
 
 
-Answering = Iterator[tuple["Work", Outcomes | UserError]]  # a UserError costs the whole slide
+Answering = Iterator[tuple["Work", Outcomes | UserError]]  # a UserError fails the whole slide
 
 
 @dataclass(frozen=True)
 class Scorer:
     """Where crops are scored: device (cpu or cuda), precision, the device's name, and a stream for lines on stderr.
 
-    score: opens slide after slide of those that it is given, and says what became of their objects as it comes
+    score: opens the given slides one after another, and yields the outcomes of their objects as they come
     """
 
     device: str
@@ -96,7 +96,7 @@ class Scorer:
 
 
 class Work:
-    """UserError where the slide cannot be read. about: what an answer follows from, beside the slide and the place."""
+    """UserError where the slide cannot be read. about: what else an answer depends on, beside slide and place."""
 
     def __init__(
         self,
@@ -114,12 +114,12 @@ class Work:
         check_origin(self.slide, cutting.origin)
         found = list(placed(self.slide, targets, cutting.origin, complain))
         found.sort(key=lambda one: (one[1][1] // 1024, one[1][0] // 1024))  # so that each tile is decoded once
-        self.found = found  # number of the target and place, in the order of reading
+        self.found = found  # (number of the target, place), in reading order
         self.about = (self.slide.identity, cutting.side, self.slide.level, *about)
-        self.answered: dict[int, Answered] = {}  # by the number in the order of reading, as all below
+        self.answered: dict[int, Answered] = {}  # by position in reading order, as everything below
         self.drawn: dict[int, Picture] = {}
-        self.read = self.new = 0  # objects that something became of, and those with a new answer
-        self.lost = False  # the slide cannot be read to its end: nothing of it counts
+        self.read = self.new = 0  # objects with an outcome, and those with a new answer
+        self.lost = False  # the slide cannot be read to its end: none of its objects count
         if journal.known:
             for n in range(len(found)):
                 if (answer := journal.known.get(self.key(n))) is not None:
@@ -129,7 +129,7 @@ class Work:
         return key(self.about, self.found[n][1])
 
     def part(self, start: int, stop: int) -> Part:
-        """The objects from `start` to `stop` (excluded) of which something is still wanted."""
+        """The objects from `start` to `stop` (excluded) that still need an answer or a picture."""
         some = range(start, min(stop, len(self.found)))
         known = frozenset(n for n in some if n in self.answered)
         numbers = [n for n in some if self.pictures or n not in known]
@@ -155,7 +155,7 @@ class Work:
         self.new += len(fresh)
 
     def scored(self) -> Scored:
-        """What was answered, in the order of the files."""
+        """The answers, in the order of the files."""
         result, name = Scored(self.file, self.slide), self.file.name
         for n in sorted(self.answered, key=lambda n: self.found[n][0]):
             target, place = self.found[n]

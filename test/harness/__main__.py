@@ -22,7 +22,7 @@ OUR_IMAGE = os.environ.get("IMAGE", "midog-lora")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Options; the defaults are what the platform gives a job of this track as far as it is known."""
+    """Options; the defaults are what the platform gives a job of this track, as far as that is known."""
     parser = argparse.ArgumentParser(prog="test/run_local.sh", description=__doc__)
     add = parser.add_argument
     add("--input", type=Path, default=SAMPLE / "stack_0.tiff", metavar="STACK_OR_FOLDER", help="default: the sample")
@@ -54,7 +54,7 @@ def start_again(arguments: list[str] | None) -> None:
     python = ROOT / ".venv/bin/python"
     if not python.exists():
         python = environments.make(ROOT / ".cache/report", page.pinned(ROOT / "requirements.txt"), "the report")
-    if Path(sys.executable) == python:  # it lacks them too
+    if Path(sys.executable) == python:  # that Python lacks the packages too
         raise RuntimeError(f"no report: not all of {page.NEEDS} are installed; run ./build.sh --engine native")
     os.execv(python, [str(python), "-m", "test.harness", *sys.argv[1:], "--no-build"])
 
@@ -68,7 +68,7 @@ def run_stacks(
 ) -> list[report.Result]:
     """Runs stacks, each with its number, in one fresh container (or natively); keeps answers and logs.
 
-    More than one is for a server: options.api is "invoke" then. details: as in `engines.run_docker`.
+    More than one stack is for a server, with options.api "invoke". details: as in `engines.run_docker`.
     """
     with tempfile.TemporaryDirectory(prefix="harness-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
@@ -99,14 +99,14 @@ def run_stacks(
 def start_exactly(first: tuple[int, Path], options: argparse.Namespace, limits: engines.Limits) -> list[Check]:
     """The image's own command on the first stack, as the platform starts it: later jobs get --details as well."""
     if options.api != "exec":
-        return []  # a server never gets it
+        return []  # a server never gets --details
     [result] = run_stacks([first], options, limits, None, details=False)
     exactly = Check("PASS", f"the image's own command, with nothing added, answers {first[1].name}")
     return [exactly] if result.passed else result.findings
 
 
 def keep(folder: Path, run: engines.Run, target: Path) -> None:
-    """Copies what a job left into the output folder, in place of what an earlier one left there."""
+    """Copies what a job left into the output folder, replacing what an earlier job left there."""
     target.mkdir(parents=True, exist_ok=True)
     for file in (layout.ANSWER, "stdout.log", "stderr.log", "details.json"):
         (target / file).unlink(missing_ok=True)
@@ -116,7 +116,7 @@ def keep(folder: Path, run: engines.Run, target: Path) -> None:
 
 
 def score(results: list[report.Result], truth: Path, output: Path) -> list[Check]:
-    """Scores the answers as the official evaluator does; one failed job fails the whole evaluation, as there."""
+    """Scores the answers as the official evaluator does; as there, one failed job fails the whole evaluation."""
     from test.harness import scoring  # numpy
 
     failed = [result.stack.name for result in results if result.answers is None]

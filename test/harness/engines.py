@@ -20,7 +20,7 @@ from test.harness import gpus
 ROOT = Path(__file__).resolve().parents[2]
 SHIM = Path(__file__).with_name("shim.py")
 PLATFORM_ENV = {"LOG_LEVEL": "INFO", "PYTHONUNBUFFERED": "1", "no_proxy": "amazonaws.com"}
-OURS = ["-m", "inference"]  # a command that ends so understands --details
+OURS = ["-m", "inference"]  # a command that ends with these words understands --details
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def run_docker(image: str, folder: Path, pk: str, weights: Path | None, limits: 
         image: tag; its ENTRYPOINT, CMD, USER and WORKDIR are handed to the shim, which runs as root in its place.
         folder: the job's folder with input/; receives output/, the logs and result.json.
         weights: None, or what appears at /opt/ml/model: an ensemble folder (copied) or a model tarball (unpacked).
-        details: ask a job of ours for details; without, the command is exactly the image's, as on the platform.
+        details: ask a job of ours for details; otherwise the command is exactly the image's, as on the platform.
     Raises: RuntimeError when the image is missing or has no command.
     """
     job = describe_image(image, limits)
@@ -110,7 +110,7 @@ def run_container(
     job["model_source"] = "/weights" if weights is not None else None
     (folder / "job.json").write_text(json.dumps(job))
     (folder / "tmp").mkdir()
-    folder.chmod(0o700)  # root's: the job finds /harness closed
+    folder.chmod(0o700)  # root's, so that the job cannot look into /harness
     name = f"harness-{uuid.uuid4()}"
     options = ["--rm", "--name", name, "--network", "none", "--user", "0", "--entrypoint", "python3"]
     options += ["--env", "PYTHONCOERCECLOCALE=0", *limit_options(limits)]
@@ -138,9 +138,9 @@ def limit_options(limits: Limits) -> list[str]:
 def docker_run(
     arguments: list[str], name: str, limits: Limits, tasks: int = 1, log: Path | None = None
 ) -> tuple[float, int, str]:
-    """`docker run`; kills the container that outlives its tasks' limits. Returns seconds, exit code and stderr.
+    """`docker run`; kills a container that outlives its tasks' limits. Returns seconds, exit code and stderr.
 
-    Both streams go to the file `log` where there is one.
+    Both streams go to the file `log` if one is given.
     """
     start = time.monotonic()
     try:
@@ -160,8 +160,8 @@ def docker_run(
 def run_native(folder: Path, pk: str, weights: Path | None, limits: Limits, command: list[str] | None = None) -> Run:
     """Runs the job (or `command`, where {input} and {output} stand for the folders) in the layout below `folder`.
 
-    What needs a container is missing: another user, root-owned input, a fixed /input, the memory limit of 16 GiB.
-    The network is cut off where `unshare` may.
+    Not imitated, because it needs a container: another user, root-owned input, a fixed /input, the limit of 16 GiB.
+    The network is cut off where `unshare` is allowed to.
     """
     places, job = native_places(folder)
     details = f"{places['tmp']}/details.json"
@@ -206,13 +206,13 @@ def run_natively(
 
 
 def describe(command: list[str], cwd: str, limits: Limits) -> dict[str, Any]:
-    """The part of job.json that both engines share; shim.py's code tells what each key does."""
+    """The part of job.json that both engines share; shim.py shows what each key does."""
     env, data = PLATFORM_ENV | gpus.environment(limits.gpus), limits.data_bytes
     return {"command": command, "cwd": cwd, "env": env, "data_limit": data, "time_limit": limits.seconds}
 
 
 def collect(folder: Path, wall_seconds: float, code: int, message: str) -> Run:
-    """Reads what the shim left in the job's folder; without result.json the container itself went down."""
+    """Reads what the shim left in the job's folder; if there is no result.json, the container itself failed."""
     if not (folder / "result.json").exists():
         error = f"An unexpected error occurred ({message.splitlines()[-1] if message else f'exit code {code}'})"
         return Run(code=137 if code == 137 else None, error=error, output=folder / "output", oom=code == 137)

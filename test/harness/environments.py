@@ -1,4 +1,4 @@
-"""Environments of the harness's own, below .cache: packages that the algorithm does not need, or not yet."""
+"""The harness's own environments, below .cache: packages that the algorithm does not need, or does not have yet."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PIP = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-d
 
 
 def make(folder: Path, requirements: str, purpose: str, *options: str) -> Path:
-    """The Python of an environment in `folder` that holds exactly `requirements`, made when they have changed.
+    """The Python of an environment in `folder` that holds exactly `requirements`; made again when they change.
 
     Args:
         requirements: text of a requirements file, pinned and hashed.
@@ -23,7 +23,7 @@ def make(folder: Path, requirements: str, purpose: str, *options: str) -> Path:
     stamp, python = folder / "installed", folder / "bin/python"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two workers of the tests may ask for it at once
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two test workers may ask for it at once
         if stamp.exists() and stamp.read_text() == requirements:
             return python
         print(f"installing what {purpose} needs into {folder.parent.name}/{folder.name}", flush=True)

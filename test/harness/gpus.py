@@ -1,7 +1,7 @@
-"""The platform's GPU, where the host has one: one alone, with no more memory for PyTorch than on a T4.
+"""The platform's GPU, if the host has one: a single one, with no more memory for PyTorch than on a T4.
 
-PyTorch 2.10 reads the limit from the environment, so that the job's command stays as it is. What it does not limit: the
-memory that CUDA itself takes, and programs that allocate without PyTorch. `--gpus all` hands out everything.
+PyTorch 2.10 reads the limit from the environment, so that the job's command stays as it is. The limit does not cover
+the memory that CUDA itself takes, or programs that allocate without PyTorch. `--gpus all` hands out every GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def engine_has_gpus() -> bool:
 
 
 def memory() -> int | None:
-    """Bytes of the first GPU; None where there is none, or none that tells."""
+    """Bytes of the first GPU; None if there is none, or its memory cannot be read."""
     listed = output_of("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits") or ""
     first = listed.partition("\n")[0].strip()
     return int(first) << 20 if first.isdecimal() else None
@@ -39,7 +39,7 @@ def container_options(gpus: str) -> list[str]:
 
 
 def environment(gpus: str) -> dict[str, str]:
-    """What limits PyTorch to a T4's memory, where this machine's GPU has more."""
+    """Variables that limit PyTorch to a T4's memory, if this machine's GPU has more."""
     total = memory() if gpus == "auto" else None
     if total is None or total <= ALLOWED:
         return {}

@@ -1,4 +1,4 @@
-"""The image that is run: built where it is missing or stale, and checked as an upload would be, without saving it."""
+"""The image to run: built if it is missing or stale, and checked as an upload would be, without saving it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TYPES = {stat.S_IFREG: tarfile.REGTYPE, stat.S_IFDIR: tarfile.DIRTYPE, stat.S_IF
 
 
 def build(engine: str, image: str, api: str | None = None) -> None:
-    """Calls build.sh where something is missing, older than its sources, or labelled otherwise than `api`.
+    """Calls build.sh if something is missing, older than its sources, or not labelled `api`.
 
     An image that was built with another ensemble keeps it. Raises: RuntimeError when it fails.
     """
@@ -46,7 +46,7 @@ def build(engine: str, image: str, api: str | None = None) -> None:
                 return
             print(f"{image} is labelled {served.api_method(image)}: building it for {api}", flush=True)
         command += ["--ensemble", ensemble, *(["--api", api] if api else [])]
-    # natively build.sh itself knows what is installed, and says nothing new when all is
+    # natively, build.sh itself knows what is installed, and prints nothing when that is everything
     done = subprocess.run(command, env=os.environ | {"IMAGE": image})
     if done.returncode:
         raise RuntimeError(f"build.sh --engine {engine} failed; its message stands above")

@@ -33,7 +33,7 @@ def find_stacks(path: Path) -> list[Path]:
 
 
 def count_pages(path: Path) -> int:
-    """Number of crops in a stack: a TIFF's page directories, or the last of an MHA's three dimensions.
+    """Number of crops in a stack: a TIFF's page directories, or the last of an MHA file's three dimensions.
 
     Raises: ValueError when the file is neither, or is damaged.
     """
@@ -94,7 +94,7 @@ def write_input(stack: Path, folder: Path, variant: str, rng: Random) -> str:
     """Writes inputs.json and images/<slug>/<uuid><suffix> below `folder`; returns the job's random primary key.
 
     Args:
-        stack: the file, copied byte for byte; only inputs.json tells its name to the job.
+        stack: the file, copied byte for byte; the job learns its name only from inputs.json.
         variant: one of `VARIANTS`; "missing" leaves inputs.json out.
     """
     images = folder / "images" / SLUG

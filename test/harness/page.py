@@ -24,11 +24,11 @@ def pinned(lock: Path) -> str:
 
 
 def write_page(results: list[Result], truth: Path | None, ensemble: Path | None, file: Path) -> str:
-    """Writes `file` from all stacks that were answered; returns a line that names it, or says why there is none.
+    """Writes `file` from all stacks that have answers; returns a line that names it, or says why there is none.
 
     Args:
         truth: ground_truth.json, for labels and domains.
-        ensemble: its folder, where the answers are known to come from it.
+        ensemble: its folder, if the answers are known to come from it.
     """
     answered = [result for result in results if result.answers]
     if not answered:
@@ -57,7 +57,7 @@ def write_page(results: list[Result], truth: Path | None, ensemble: Path | None,
     details = answered[0].run.details or {}
     manifest = load_manifest(ensemble) if ensemble and ensemble.is_dir() and holds_ensemble(ensemble) else None
     if manifest and manifest.name != details.get("ensemble", manifest.name):
-        manifest = None  # the image was built with another one
+        manifest = None  # the image was built with another ensemble
     threshold = details.get("threshold", 0.5)
     write_report(rows, crops(), manifest, file, title="Local run", threshold=threshold)
     return f"open {os.path.relpath(file)}"

@@ -1,7 +1,7 @@
 """Checks what is uploaded, before it is uploaded: `python -m test.harness.preflight FILE...` (image or model tarballs).
 
-First the platform's own checks, then what it forgets and lets fail at run time. One pass, warn or fail line each, with
-the fix; the exit code is 1 when one failed. The file is read once, to its end: some minutes for 8 GB.
+First come the platform's own checks, then those that it does not make, so that a job fails later. Each prints one line,
+PASS, WARN or FAIL, with the fix; the exit code is 1 if any failed. The file is read once, to its end: minutes for 8 GB.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SAVE = "write it with `docker save IMAGE | gzip` (./export.sh)"
 
 
 def check_file(path: Path) -> list[Check]:
-    """Checks one tarball: an image, or a model where it holds ensemble.json and nothing of an image."""
+    """Checks one tarball: a model if it holds ensemble.json and nothing of an image, otherwise an image."""
     findings = check_name_and_size(path)
     try:
         image = read_image(path)
@@ -44,7 +44,7 @@ def check_file(path: Path) -> list[Check]:
 
 
 def check_name_and_size(path: Path) -> list[Check]:
-    """Name and size as the upload form and the challenges' rules want them."""
+    """Name and size, as the upload form and the challenges' rules require them."""
     findings = []
     if not path.name.endswith(SUFFIXES):
         fix = f"name it *{' or *'.join(SUFFIXES)}"
@@ -64,7 +64,7 @@ def check_name_and_size(path: Path) -> list[Check]:
 
 
 def check_image(image: SavedImage) -> list[Check]:
-    """The platform's validation of the manifest, in its order; it stops at the first failure, and so does this."""
+    """The platform's validation of the manifest, in its order; like the platform, it stops at the first failure."""
     manifest = image.documents.get("manifest.json")
     if "manifest.json" not in image.names:
         found = next((name for name in ("./manifest.json", "oci-layout", "index.json") if name in image.names), None)
@@ -86,7 +86,7 @@ def check_image(image: SavedImage) -> list[Check]:
 
 
 def check_content(architecture: object, settings: dict[str, Any], root: Layer) -> list[Check]:
-    """What a saved image and one that an engine holds have in common: settings as in the Dockerfile, and files."""
+    """The checks shared by a saved image and one that an engine holds: settings as in the Dockerfile, and files."""
     findings = [check_user(str(settings.get("User", "")), root)]
     if architecture != "amd64":
         message = f"architecture {architecture} is not supported"
@@ -128,7 +128,7 @@ def check_user(user: str, root: Layer) -> Check:
 
 
 def check_forgotten(settings: dict[str, Any], root: Layer) -> list[Check]:
-    """What the upload accepts and the run then trips over."""
+    """What the upload accepts but a run then fails on."""
     findings = []
     command = (settings.get("Entrypoint") or []) + (settings.get("Cmd") or [])
     if not command:
@@ -205,7 +205,7 @@ def check_job(folder: Path) -> list[Check]:
         from inference.ensemble import Ensemble
 
         Ensemble(manifest, "cpu").predict([np.zeros((64, 64, 3), np.uint8)])
-    except Exception as error:  # of any kind: a job would end with it
+    except Exception as error:  # of any kind: it would end a job
         text = str(error).replace(str(folder), "/opt/ml/model")
         return [Check("FAIL", f"every job would fail: {text or type(error).__name__}", "export it again")]
     return [*findings, Check("PASS", "a job answers with it: one crop, on the CPU")]

@@ -21,11 +21,11 @@ def judge(run: Run, pages: int) -> tuple[list[dict[str, Any]] | None, list[Check
 
     Args:
         run: how the job ended.
-        pages: crops in its stack; the evaluator wants as many answers.
+        pages: crops in its stack; the evaluator expects as many answers.
     Returns: the answers as the evaluator sees them (None when it gets none), and what was found.
     """
     findings = judge_end(run)
-    findings += judge_logs(run.stdout, run.stderr if passed(findings) else b"")  # its last line stands above
+    findings += judge_logs(run.stdout, run.stderr if passed(findings) else b"")  # else it is reported already
     if not passed(findings):
         return None, findings
     answers, found = read_answers(run.output, pages)
@@ -102,7 +102,7 @@ def read_answers(output: Path, pages: int) -> tuple[list[dict[str, Any]] | None,
         return None, [Check("FAIL", f"'{ANSWER}' is not valid json: {error}", "write it with json.dumps")]
     findings = check_answers(value, pages)
     if odd:
-        # only a warning by itself: as a class or a confidence null is refused above, elsewhere nobody reads it
+        # only a warning by itself: null as a class or a confidence is refused above, and elsewhere nobody reads it
         message = f"{', '.join(sorted(set(odd)))} in the answers becomes null on the platform"
         findings.insert(0, Check("WARN", message, "never write a number that is not finite"))
     extra = sorted(str(file.relative_to(output)) for file in output.rglob("*") if file.is_file() and file != path)

@@ -60,7 +60,7 @@ def print_header() -> None:
 
 
 def print_metrics(metrics: dict[str, Any]) -> None:
-    """The official figures with their intervals, then one line a tumour domain."""
+    """The official metrics with their intervals, then one line per tumour domain."""
     aggregates, counts, intervals = metrics["aggregates"], metrics["counts"], metrics["intervals"]
     for key in (key for key in aggregates if key.startswith("overall_")):
         low, high = intervals.get(key) or (None, None)

@@ -19,13 +19,13 @@ BUCKET = "harness"
 
 
 class Bucket:
-    """S3 as far as it is needed here: objects by key, over HTTP."""
+    """The part of S3 that is needed here: objects by key, over HTTP."""
 
     def __init__(self, url: str) -> None:
         self.url = url
 
     def put(self, key: str, data: bytes = b"") -> str:
-        """Stores an object (the bucket itself with an empty key); returns its s3:// address."""
+        """Stores an object (with an empty key, the bucket itself); returns its s3:// address."""
         self._call("PUT", key, data)
         return f"s3://{BUCKET}/{key}"
 

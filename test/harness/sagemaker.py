@@ -1,8 +1,8 @@
 """Runs tasks with the platform's own entry shim (sagemaker-shim), and checks stacks with its own image reader (panimg).
 
 Both are public packages; `install` puts them into .cache/shim. The shim is mounted into a container of the unchanged
-image and gets its tasks from S3, which moto's server plays on loopback. What it reports is read back into the light
-harness's `Run`, so that the same rules judge both.
+image and gets its tasks from S3, which moto's server imitates on loopback. Its results are read back into the
+light harness's `Run`, so that the same rules judge both.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def run(
         "RUNTIME_OUTPUT_BUCKET_NAME": BUCKET,
         "RUNTIME_OUTPUT_PREFIX": f"{prefix}/runtime/",
         "START_AND_HEALTH_TIMEOUT_SECONDS": str(round(limits.start_seconds)),
-        "HEALTH_CHECK_CALL_TIMEOUT_SECONDS": "2",  # also its pause between two calls, on the platform 10
+        "HEALTH_CHECK_CALL_TIMEOUT_SECONDS": "2",  # also its pause between two calls; 10 on the platform
     }
     if weights is not None:
         component["MODEL"] = bucket.put(f"{prefix}/model.tar.gz", model_tarball(weights, folder))
@@ -73,7 +73,7 @@ def run(
     env |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "eu-central-1"}
     env |= {"AWS_S3_ENDPOINT_URL": bucket.url, "PYTHONCOERCECLOCALE": "0"}
     image_env = dict(line.split("=", 1) for line in config.get("Env") or [])
-    if "LD_LIBRARY_PATH" in image_env:  # the platform's single binary keeps it so
+    if "LD_LIBRARY_PATH" in image_env:  # the platform's single binary saves it under this name
         env["LD_LIBRARY_PATH_ORIG"] = image_env["LD_LIBRARY_PATH"]
     name = f"harness-{uuid.uuid4()}"
     options = ["--rm", "--name", name, "--network", "host", "--user", "0", "--entrypoint", "python3"]
@@ -131,7 +131,7 @@ def read_task(
 ) -> engines.Run:
     """What the shim reported of a task, as a Run; its outputs and logs are written to the task's folder.
 
-    What a server logged before its first task belongs to that one, whose pk is `first`.
+    What a server logged before its first task is counted as that task's; its pk is `first`.
     """
     streams = {"stdout": "", "stderr": ""}
     for line in (log.read_text(errors="replace") if log.exists() else "").splitlines():
@@ -142,7 +142,7 @@ def read_task(
     result = json.loads(bucket.get(task["output_prefix"] + ".sagemaker_shim/inference_result.json") or b"null")
     error = result["user_safe_error_message"] if result else setup.get("user_safe_error_message")
     timed_out = bool(result) and "ime limit exceeded" in (error or "")
-    if error:  # the shim's own message, which is in the log too: the platform shows it, and not as one of the job's
+    if error:  # the shim's own message, which is also in the log: the platform shows it, but not as a line of the job's
         streams["stderr"] = streams["stderr"].replace(f"{error}\n", "")
     elif result is None:
         ended = (

@@ -52,7 +52,7 @@ class SavedImage:
                 path: m for path, m in layer.files.items() if not posixpath.basename(path).startswith(".wh.")
             }
             texts = root.texts | layer.texts
-            root.texts = {path: text for path, text in texts.items() if path in root.files}  # a whiteout takes it along
+            root.texts = {path: text for path, text in texts.items() if path in root.files}  # without those removed
         return root
 
 
@@ -85,7 +85,7 @@ def read_image(path: Path) -> SavedImage:
                 layer = read_layer(stream)
                 if layer is not None:
                     image.layers[member.name] = layer
-            while stream.read(2**20):  # a cut file shows here and not in the directory of members
+            while stream.read(2**20):  # a truncated file is noticed here, not in the list of members
                 pass
     return image
 

@@ -1,7 +1,7 @@
-"""The figures of the official evaluator of MIDOG 2025 track 2, then counts and bootstrap intervals (numpy only).
+"""The metrics of the official evaluator of MIDOG 2025 track 2, then counts and bootstrap intervals (numpy only).
 
-All crops of all stacks are pooled. Class gives sensitivity, specificity and accuracy, confidence gives the ROC AUC.
-Where the official evaluator divides by zero or returns NaN (no atypical or no normal crop) the figure here is None.
+All crops of all stacks are pooled. The classes give sensitivity, specificity and accuracy; the confidences give the ROC
+AUC. Where the official evaluator divides by zero or returns NaN (no atypical or no normal crop), the metric is None.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def score(answers: dict[str, list[dict[str, Any]]], truth: Truth, draws: int = 1
 def figures(gt: Ints, output: Ints, confidence: Floats, empty_recall: float | None = None) -> dict[str, float | None]:
     """Sensitivity, specificity, balanced accuracy, accuracy and AUC of crops (N,); `empty_recall` stands for 0/0.
 
-    A tumour domain without atypical crops has sensitivity 0 in the official figures (scikit-learn's convention).
+    A tumour domain without atypical crops has sensitivity 0 in the official metrics (scikit-learn's convention).
     """
     sensitivity = float((output[gt == 1] == 1).mean()) if (gt == 1).any() else empty_recall
     specificity = float((output[gt == 0] == 0).mean()) if (gt == 0).any() else empty_recall

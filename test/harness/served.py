@@ -40,7 +40,7 @@ def run_docker(
 def run_native(
     folder: Path, pks: list[str], weights: Path | None, limits: engines.Limits, command: list[str] | None = None
 ) -> list[engines.Run]:
-    """The same with `python -m inference serve` (or `command`, where {input} and {output} stand for the folders)."""
+    """The same, natively: `python -m inference serve`, or `command`, in which {input} and {output} are the folders."""
     places, job = engines.native_places(folder)
     if command is None:
         command = [engines.native_python(), *engines.OURS, "serve", "--input", "{input}", "--output", "{output}"]
@@ -50,13 +50,13 @@ def run_native(
     job |= engines.describe(command, str(engines.ROOT), limits) | {"port": PORT, "start_limit": limits.start_seconds}
     data = folder / "root/opt/ml/input/data"
     job["tasks"] = [{"name": str(index), "input_source": f"{data}/{pk}-input"} for index, pk in enumerate(pks)]
-    # both in one network name space, so that they reach each other
+    # both in one network namespace, so that they can reach each other
     ended = engines.run_natively(folder, job, weights, limits, INVOKE, engines.offline())
     return collect(folder, len(pks), *ended)
 
 
 def collect(folder: Path, tasks: int, wall_seconds: float, code: int, message: str) -> list[engines.Run]:
-    """One Run a task. What the whole container cost beyond the tasks is the first one's: start, load and stop."""
+    """One Run a task. The first one also counts what the container took beyond the tasks: start, load and stop."""
     runs = [engines.collect(folder / str(index), 0.0, code, message) for index in range(tasks)]
     server = json.loads((folder / "server.json").read_text()) if (folder / "server.json").exists() else {}
     rest = wall_seconds - sum(run.seconds for run in runs)

@@ -1,4 +1,4 @@
-"""Starts an algorithm's command as the platform's entry shim does. Root inside the container; natively, the caller.
+"""Starts an algorithm's command as the platform's entry shim does. Runs as root in a container, natively as the caller.
 
     python shim.py JOB/job.json
 
@@ -33,7 +33,7 @@ GRACE_SECONDS = 5
 
 
 class SetupError(Exception):
-    """The platform ends the job with this message before the program starts."""
+    """An error before the program starts; the platform ends the job with its message."""
 
 
 def find_user(user: str) -> tuple[int | None, int | None, list[int], str | None]:
@@ -86,7 +86,7 @@ def reset_folders(job: dict[str, Any], files: Path) -> None:
             source.parent.mkdir(parents=True, exist_ok=True)
             shutil.copytree(files / "input", source)
             linked.symlink_to(source)
-        else:  # a read-only root has no place for a link
+        else:  # a read-only root: no link can be made
             source = linked
             shutil.copytree(files / "input", source, dirs_exist_ok=True)
         Path(job["output"]).mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def reset_folders(job: dict[str, Any], files: Path) -> None:
 
 
 def open_folders(job: dict[str, Any]) -> None:
-    """Makes the folders that every program may write."""
+    """Makes the folders that every program may write to."""
     for name in (job["output"], job["tmp"], *job["writable"]):
         Path(name).mkdir(parents=True, exist_ok=True)
         Path(name).chmod(0o777)
@@ -140,7 +140,7 @@ def unpack(source: str, target: str) -> None:
 
 
 def set_up_model(job: dict[str, Any]) -> None:
-    """Unpacks the model tarball as `filter="data"` does (or copies a folder); all of it belongs to the image's user."""
+    """Unpacks the model tarball as `filter="data"` does (or copies a folder), and gives it to the image's user."""
     try:
         if os.path.isdir(job["model_source"]):
             shutil.copytree(job["model_source"], job["model"], dirs_exist_ok=True)
@@ -169,7 +169,7 @@ def oom_kills() -> int:
 def start_command(job: dict[str, Any], files: Path) -> tuple[subprocess.Popen[bytes], list[threading.Thread]]:
     """Starts the command as the image's user; two threads write its streams into stdout.log and stderr.log."""
     env = {k: v for k, v in os.environ.items() if not k.lower().startswith("grand_challenge_")} | job["env"]
-    env.pop("PYTHONCOERCECLOCALE", None)  # set by the caller, lest this Python adds LC_CTYPE
+    env.pop("PYTHONCOERCECLOCALE", None)  # set by the caller to keep this Python from adding LC_CTYPE
     identity: dict[str, Any] = {}
     if job["user"]:
         uid, gid, groups, home = find_user(job["user"])
@@ -210,7 +210,7 @@ def start_command(job: dict[str, Any], files: Path) -> tuple[subprocess.Popen[by
 
 
 def copy_log(stream: Any, path: Path) -> None:
-    """Writes what comes as it comes."""
+    """Writes a stream to a file as it arrives."""
     with path.open("wb", buffering=0) as log:
         while chunk := stream.read1(2**16):
             log.write(chunk)
@@ -242,7 +242,7 @@ def run_command(job: dict[str, Any], files: Path) -> dict[str, Any]:
     for reader in readers:
         reader.join(max(0, deadline - time.monotonic()))
     held = any(reader.is_alive() for reader in readers)
-    with contextlib.suppress(ProcessLookupError):  # what the job left running
+    with contextlib.suppress(ProcessLookupError):  # whatever the job left running
         os.killpg(process.pid, signal.SIGKILL)
     return {
         "code": code,
@@ -268,7 +268,7 @@ def upload(output: Path, target: Path) -> str | None:
 
 
 def main(argument: str) -> int:
-    """Runs the job that a job.json describes; returns 0 also when the job failed (result.json tells)."""
+    """Runs the job that a job.json describes; returns 0 even when the job failed (result.json says so)."""
     files = Path(argument).resolve().parent
     job = json.loads(Path(argument).read_text())
     if job["tmp"] == "/tmp" and os.getpid() != 1:
@@ -287,7 +287,7 @@ def main(argument: str) -> int:
     except SetupError as error:
         result["error"] = str(error)
     (files / "result.json").write_text(json.dumps(result))
-    for name in [job["output"], job["tmp"]]:  # nothing stays, and the caller may remove the folders
+    for name in [job["output"], job["tmp"]]:  # nothing stays behind, and the caller may remove the folders
         if os.path.isdir(name):
             clean(Path(name))
     owner = os.stat(argument)  # the caller, also where user numbers are mapped

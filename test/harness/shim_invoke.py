@@ -28,7 +28,7 @@ NOT_RUN = "The task was not run: an earlier one in this container failed"
 
 
 def loopback_up() -> None:
-    """A network name space of one's own (native runs) starts without it."""
+    """Bring up the loopback interface: a new network namespace (native runs) starts without one."""
     with contextlib.suppress(OSError), socket.socket() as any_socket:
         fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh", b"lo", 0x41))  # SIOCSIFFLAGS: up, running
 
@@ -78,13 +78,13 @@ def run_task(job: dict[str, Any], task: dict[str, Any], files: Path) -> dict[str
     except (OSError, http.client.HTTPException) as failure:
         error = f"HTTP error calling invoke endpoint ({failure or type(failure).__name__})"
     seconds = time.monotonic() - start
-    time.sleep(0.3)  # what it logged last may still be in a pipe
+    time.sleep(0.3)  # the last log lines may still be in a pipe
     (folder / "output").mkdir()
     if code == 0:
         error = shim.upload(Path(job["output"]), folder / "output")
     for name in (job["output"], job["input"]):
         shim.clean(Path(name))
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024  # of what has ended: none of the server's
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024  # of ended processes: not the server
     return {
         "code": None if error and code else code,
         "error": error,
@@ -123,7 +123,7 @@ def main(argument: str) -> int:
     except shim.SetupError as error:
         server["error"] = failed = str(error)
         if process is not None and process.poll() is not None:
-            for reader in readers:  # what it said last may still be in a pipe
+            for reader in readers:  # the last log lines may still be in a pipe
                 reader.join(5)
     for task in job["tasks"]:
         result: dict[str, Any] = {"code": None, "error": failed}

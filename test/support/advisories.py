@@ -1,7 +1,7 @@
 """Asks pip-audit for published advisories on every locked package: `python -m test.support.advisories`.
 
-pip-audit ends well where a service does not know a package, which behind a mirror of PyPI is every one of them. So its
-answer is read: what was not looked up is said, by number and name, and counts as not checked.
+pip-audit succeeds even if a service knows none of the packages, as behind a mirror of PyPI. So its answer is read here:
+packages that were not looked up are counted and named, and count as not checked.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SECONDS = 120
 
 
 def ask(service: str, lock: str) -> tuple[list[dict[str, Any]], str]:
-    """pip-audit's entries for the packages of `lock`, or none and why."""
+    """pip-audit's entries for the packages of `lock`, or none and the reason."""
     command = [sys.executable, "-m", "pip_audit", "--disable-pip", "--require-hashes", "-r", str(ROOT / lock)]
     command += ["--vulnerability-service", service, "--format", "json", "--progress-spinner", "off", "--timeout", "10"]
     try:

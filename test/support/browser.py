@@ -70,7 +70,7 @@ class Browser:
         return time.perf_counter() - start
 
     def run(self, script: str, *arguments: Any) -> Any:
-        """What the script returns; a promise is waited for."""
+        """The script's result; promises are awaited."""
         return self.call("POST", "/execute/sync", {"script": script, "args": list(arguments)})
 
     def press(self, *keys: str) -> None:
@@ -82,14 +82,14 @@ class Browser:
         return self.call("POST", "/goog/cdp/execute", {"cmd": command, "params": parameters})
 
     def view(self, width: int, height: int, dark: bool = False) -> None:
-        """Size of the page in CSS pixels, and which colour scheme it is asked for."""
+        """Set the size of the page in CSS pixels and the preferred colour scheme."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.devtools("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.devtools("Emulation.setEmulatedMedia", features=[scheme])
 
     def settle(self) -> None:
-        """Wait until what a script or a key changed is drawn."""
+        """Wait until the changes made by a script or a key are drawn."""
         frames = "requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 30)))"
         self.run(f"return new Promise(done => {frames})")
 
@@ -106,7 +106,7 @@ class Browser:
 
 @contextmanager
 def browser() -> Iterator[Browser]:
-    """Start a browser with a profile of its own; it ends with the block."""
+    """Start a browser with its own profile; it ends with the `with` block."""
     found = find()
     if not found:
         raise RuntimeError("no Chromium with chromedriver; expected both; apt-get install chromium chromium-driver")

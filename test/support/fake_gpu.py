@@ -73,7 +73,7 @@ def to_fake_gpu(model: torch.nn.Module, mode: FakeTensorMode) -> torch.nn.Module
 def backward(loss: torch.Tensor) -> None:
     """As `loss.backward()`, node after node: PyTorch's own engine asks the driver for each GPU's streams.
 
-    As there, a gradient must have the device of what it is the gradient of: RuntimeError where it has not.
+    As there, a gradient must be on the device of its tensor, else RuntimeError.
     """
     assert loss.grad_fn is not None, "the loss depends on nothing that is trained"
     waiting: dict[Node, list[torch.Tensor | None]] = {loss.grad_fn: [torch.ones_like(loss)]}
@@ -98,7 +98,7 @@ def backward(loss: torch.Tensor) -> None:
 
 
 def in_order(root: Node) -> list[Node]:
-    """Every node of the graph, each after all that lead to it."""
+    """Every node of the graph, each after all nodes that lead to it."""
     done, seen, stack = list[Node](), {root}, [(root, iter(root.next_functions))]
     while stack:
         node, rest = stack[-1]
@@ -113,7 +113,7 @@ def in_order(root: Node) -> list[Node]:
 
 
 def fitted(node: Node, place: int, gradient: torch.Tensor) -> torch.Tensor:
-    """The gradient in the shape and dtype of what it is the gradient of; RuntimeError where the device is another."""
+    """The gradient in the shape and dtype of its tensor; RuntimeError where the devices differ."""
     expected = node._input_metadata[place]
     if gradient.device != expected.device:
         raise RuntimeError(f"{node.name()} got a gradient on device {gradient.device}; expected {expected.device}")

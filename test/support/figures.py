@@ -168,7 +168,7 @@ def draw(kind: str, rng: Rng, side: int = 128, stain: int | None = None) -> NDAr
     strength = rng.uniform(0.9, 1.15, 2)
     density = canvas.h[..., None] * haematoxylin * strength[0] + canvas.e[..., None] * eosin * strength[1]
     rgb = np.clip(glass * np.exp(-density) * 255, 0, 255).astype(np.uint8)
-    focus = ImageFilter.GaussianBlur(rng.uniform(0.9, 1.6))  # at twice the resolution: the scanner's optics
+    focus = ImageFilter.GaussianBlur(rng.uniform(0.9, 1.6))  # the scanner's optics, at twice the resolution
     image = Image.fromarray(rgb).filter(focus).resize((side, side), Image.Resampling.BOX)
     grainy = np.asarray(image, dtype=np.float64) + rng.normal(0, 1.2, (side, side, 3))
     return np.clip(grainy, 0, 255).astype(np.uint8)

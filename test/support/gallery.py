@@ -2,8 +2,8 @@
 
     python -m test.support.gallery [--output docs/gallery] [--weights DIR] [--training REPORT.html]
 
-Needs Chromium with chromedriver. The crops are drawn (test/support/figures.py): no number in
-the pictures means anything.
+Needs Chromium with chromedriver. The crops are synthetic (test/support/figures.py), so no number in the pictures means
+anything.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--per-kind", type=int, default=6, help="crops of each of the nine kinds")
     parser.add_argument("--seed", type=int, default=11)
     options = parser.parse_args(arguments)
-    load_manifest(options.weights)  # says what is missing before a minute of drawing
+    load_manifest(options.weights)  # reports what is missing before a minute of drawing
     output, weights = options.output.resolve(), options.weights.resolve()
     training = options.training and options.training.resolve()
     output.mkdir(parents=True, exist_ok=True)

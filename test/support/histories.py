@@ -1,4 +1,4 @@
-"""What a history of runs is made of: an ensemble that is killed on demand, and files that are hard to tell apart."""
+"""Parts of a history of runs: an ensemble that is killed on demand, and files that are hard to tell apart."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Killed(BaseException):
 
 
 class Stub(StubEnsemble):
-    """Another answer in another precision and by another ensemble; it is killed when `left` batches are predicted."""
+    """Its answers depend on the precision and the ensemble; it is killed after `left` predicted batches."""
 
     left = -1
 
@@ -47,7 +47,7 @@ def stubbed() -> Iterator[None]:
 
 
 def image(level: int, pages: int) -> bytes:
-    """All files of a number of pages have one size: uncompressed, and a page more or less goes by its level."""
+    """All files with the same number of pages have the same size: they are uncompressed, and differ in grey level."""
     images = [Image.fromarray(np.full((2, 2, 3), level + 3 * page, np.uint8)) for page in range(pages)]
     stream = io.BytesIO()
     images[0].save(stream, "TIFF", save_all=True, append_images=images[1:])

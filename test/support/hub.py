@@ -77,7 +77,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.headers.get("Authorization") == f"Bearer {TOKEN}"
 
     def repository(self, name: str) -> Repository | None:
-        """The repository, if the asking one may read it; else the refusal has been sent."""
+        """The repository, if the client may read it; otherwise a refusal has been sent."""
         found = self.server.repositories.get(name)
         if found is None or (found.private and not self.known):
             self.refuse(404 if self.known else 401, "RepoNotFound", "Repository not found")

@@ -2,8 +2,8 @@
 
     python -m test.support.image_files DIR
 
-writes them all to DIR, as seeds for a fuzzer. `good_files` gives with each what its pages are; `bad_files` what the
-error must say.
+writes them all to DIR, as seeds for a fuzzer. `good_files` gives each file's pages with it;
+`bad_files` what the error must say.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def good_files() -> dict[str, tuple[bytes, np.ndarray, int]]:
     with_tags = with_pillow(images, dpi=(101600, 101600), tiffinfo={270: "H&E " * 50, 34675: b"\0" * 500})
     files["many-tags.tiff"] = with_tags, rgb, 0
     files["sub-ifds.tiff"] = with_tifffile(rgb[:1], subifds=2), rgb[:1], 0
-    files["pyramid.tiff"] = pyramid(rgb[0]), rgb[0], 0  # the caller compares page 0, and counts three
+    files["pyramid.tiff"] = pyramid(rgb[0]), rgb[0], 0  # the caller compares page 0 and expects three pages
     files["page.mha"] = metaimage(rgb[0], 3), rgb[:1], 0
     files["stack.mha"] = metaimage(rgb, 3), rgb, 0
     files["stack-deflated.MHA"] = metaimage(rgb, 3, compressed=True), rgb, 0
@@ -277,7 +277,7 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
 
 
 def million_pages() -> bytes:
-    """Directories of one and the same page, one after another; what lies beyond the reader's bound is left out."""
+    """Directories of one and the same page, one after another; directories beyond the reader's bound are left out."""
     page = grey_page()
     size = 2 + 12 * len(page) + 4
     body = struct.pack("<H", len(page)) + b"".join(struct.pack("<HHII", tag, *page[tag]) for tag in sorted(page))

@@ -22,7 +22,7 @@ LOCKS = {
     "requirements/slides.txt": "For whole slides, in addition",
     "requirements/dev.txt": "For tests, in addition",
 }
-# copyleft that would reach the code that uses the package, and terms that exclude uses; the lesser ones do neither
+# copyleft that would extend to code that uses the package, and terms that exclude uses; the lesser licences do neither
 REFUSED = re.compile(r"\b(?<!L)A?GPL|GNU (?!Lesser).*General Public|non-?commercial|CC-BY-NC|SSPL|BUSL", re.IGNORECASE)
 
 

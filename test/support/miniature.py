@@ -65,7 +65,7 @@ def make_member(
 ) -> tuple[dict[str, Any], list[torch.nn.Module]]:
     """Write a member's base (unless it is there) and folds; returns what a manifest says of it, and its PEFT models.
 
-    `entries` override the manifest's; those in "preprocess" only the ones that they name.
+    `entries` override the manifest's; "preprocess" is merged key by key.
     """
     row = lookup(backbone)
     pool = pool or row.pool
@@ -114,7 +114,7 @@ def make_ensemble(
 
 
 def make_members(folder: Path, members: dict[str, dict[str, Any]], **manifest: Any) -> list[list[torch.nn.Module]]:
-    """Write an ensemble folder of members, by name what `make_member` takes; returns the PEFT models of each.
+    """Write an ensemble folder of members (name: arguments of `make_member`); returns the PEFT models of each.
 
     Members of one backbone share its base. `manifest` overrides entries of the whole.
     """

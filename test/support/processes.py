@@ -37,7 +37,7 @@ sys.exit(program.main(sys.argv[4:]))
 def killed(owner: str, name: str, calls: int, *command: object) -> None:
     """Run a command of `python -m inference` that kills itself instead of calling `owner`.`name` once more.
 
-    So the moment is the same however busy the machine is. `owner`: as pkgutil.resolve_name takes it.
+    So it always dies at the same point, however busy the machine is. `owner`: as pkgutil.resolve_name takes it.
     """
     words = [sys.executable, "-c", KILLED, owner, name, str(calls), *map(str, command)]
     done = subprocess.run(words, capture_output=True, text=True)

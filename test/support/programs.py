@@ -1,4 +1,4 @@
-"""Small programs that stand in for the job in tests, and the means to run one as the platform would (natively)."""
+"""Small programs that stand in for the job in tests, and a way to run one as the platform would (natively)."""
 
 from __future__ import annotations
 

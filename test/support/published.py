@@ -1,4 +1,4 @@
-"""Miniature checkpoints in the names of the original publications, and the table's backbones as small as they are.
+"""Miniature checkpoints with the tensor names of the original publications, and backbones of the same small size.
 
 `transformers` writes its own names itself (`save_pretrained` gives those of the hub, not its present modules'). Meta's
 are spelled out from the keys of the published `.pth` files, as timm's filter and facebookresearch/dinov3 issue 195 show
@@ -19,7 +19,7 @@ from test.support.miniature import overrides
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch, name: str) -> torch.nn.Module:
-    """Put a two-block `name` into the table, for whole commands to run on; returns it, random, without a head."""
+    """Put a two-block `name` into the table, for tests of whole commands; returns it, random, without a head."""
     row = BACKBONES[name]
     kwargs = dict(row.kwargs) | overrides(name)
     monkeypatch.setitem(BACKBONES, name, replace(row, kwargs=kwargs, depth=2, base_sha256=""))
@@ -35,7 +35,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch, name: str) -> torch.nn.Module:
 
 
 def meta_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """timm's tensors of a DINOv2 or DINOv3 under the names of Meta's own `.pth`, with all that these hold besides."""
+    """timm's tensors of a DINOv2 or DINOv3 under the names of Meta's own `.pth`, with all else that they hold."""
     width = state["cls_token"].shape[-1]
     out = {"mask_token": torch.zeros(1, width)}
     if "reg_token" not in state:  # DINOv2

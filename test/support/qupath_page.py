@@ -2,7 +2,7 @@
 
     python -m test.support.qupath_page [--output docs/gallery]
 
-Needs Chromium with chromedriver. The slide and its figures are drawn: no number means anything.
+Needs Chromium with chromedriver. The slide and its figures are synthetic: no number means anything.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ if __name__ == "__main__":
     import ray
 
     quiet: Any = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
-    for attempt in range(6):  # Ray gives a part of itself 30 s to start, which a busy machine may not do
+    for attempt in range(6):  # Ray gives one of its parts 30 s to start, which may be too short on a busy machine
         try:
             context: Any = ray.init("local", num_cpus=int(sys.argv[1]), **quiet)
             print(context.address_info["gcs_address"], flush=True)

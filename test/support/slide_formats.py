@@ -73,9 +73,9 @@ def plain_tiff(file: Path, pixels: np.ndarray) -> Path:
 
 
 def huge(file: Path, side: int, figures: dict[tuple[int, int], np.ndarray], tile: int = 256) -> Path:
-    """side x side pixels of which only the tiles with figures are stored; OpenSlide takes missing ones for black."""
+    """side x side pixels of which only the tiles with figures are stored; OpenSlide reads missing ones as black."""
     blank = np.full((tile, tile, 3), 240, np.uint8)
-    tiles: dict[tuple[int, int], np.ndarray] = {(0, 0): blank.copy()}  # tifffile takes its cue from the first one
+    tiles: dict[tuple[int, int], np.ndarray] = {(0, 0): blank.copy()}  # the first one tells tifffile shape and type
     for (x, y), picture in figures.items():
         half = len(picture) // 2
         for row in range((y - half) // tile, (y + half - 1) // tile + 1):

@@ -106,7 +106,7 @@ class Ended:
 
 @contextlib.contextmanager
 def captured(descriptor: int, stream: str) -> Iterator[io.StringIO]:
-    """Everything that is written to `descriptor`, and to sys.`stream`, ends up in the text that this yields."""
+    """Collect everything written to `descriptor` and to sys.`stream` in the text that this yields."""
     text = io.StringIO()
     getattr(sys, stream).flush()
     saved = os.dup(descriptor)

@@ -1,4 +1,4 @@
-"""Tiny data sets and finished runs out of nothing, for the tests of the training side."""
+"""Tiny generated data sets and finished runs, for the tests of training."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def paint_neighbours(canvas: Canvas, count: int) -> None:
 def twice(
     canvas: Canvas, cx: float, cy: float, a: float, b: float, angle: float, rough: float, shrink: float
 ) -> tuple[Array, Array]:
-    """The same irregular outline twice: the body, and its inside `shrink` pixels further in (a membrane between)."""
+    """The same irregular outline twice: the body, and its interior `shrink` pixels further in (a membrane between)."""
     state = canvas.rng.bit_generator.state
     body = canvas.blob(cx, cy, a, b, angle, rough)
     canvas.rng.bit_generator.state = state
