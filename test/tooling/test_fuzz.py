@@ -25,7 +25,8 @@ before = set(sys.modules)
 for target in TARGETS.values():
     for content in target.seeds().values():
         target.run(content)
-print(sorted(name for name in set(sys.modules) - before if name.startswith(("inference.", "PIL.Tiff", "PIL.Png", "PIL.Jpeg"))))
+read = ("inference.", "PIL.Tiff", "PIL.Png", "PIL.Jpeg")
+print(sorted(name for name in set(sys.modules) - before if name.startswith(read)))
 """
 
 
