@@ -122,7 +122,7 @@ def test_classes_choose_and_what_is_not_there_is_said(tmp_path) -> None:
     file = files.write_json(tmp_path / "a.geojson", rows)
     assert len(targets(file, classes=["mitosis"])) == 3
     assert len(targets(file, region="Tumor")) == 3
-    with pytest.raises(UserError, match=r"no detections of class Mitoses in .*; found Mitosis \(3\), Tumor \(1\)"):
+    with pytest.raises(UserError, match=r"of class Mitoses in .*; expected some, found Mitosis \(3\), Tumor \(1\)"):
         targets(file, classes=["Mitoses"])
 
 
