@@ -186,7 +186,7 @@ def test_a_geometry_without_a_centre_says_why_and_the_others_are_read(name, tmp_
     found = collect([file], Path("s.tif"), None, (), None, lambda who, why: complaints.append(f"{who}: {why}"))
     assert [one.id for one in found.slides[Path("s.tif")]] == [files.uuid(0), files.uuid(2)] and found.total == 3
     [line] = complaints
-    assert line.startswith("a.geojson, feature 2: ") and reason in line
+    assert line.startswith(f"{file}, feature 2: ") and reason in line
 
 
 def test_an_id_that_comes_twice_counts_once(tmp_path) -> None:

@@ -248,7 +248,7 @@ def test_a_base_that_was_copied_in_part_is_removed(ensemble: Path, docker: Path,
     docker.write_text(docker.read_text().replace("save*)", f"cp*) echo half >{half}; exit 1 ;;\n    save*)", 1))
     options = ("--engine", "docker", "--ensemble", "weights/mine")
     done = run(str(checkout / "build.sh"), *options, DOCKER=str(docker), IMAGE="mine")
-    assert done.returncode == 1 and "cannot copy the base out of mine" in done.stderr
+    assert done.returncode == 1 and "cannot copy the bases out of mine" in done.stderr
     assert not half.exists()
     assert [line for line in (tmp_path / "calls").read_text().splitlines() if line.startswith("cp ")]
 
