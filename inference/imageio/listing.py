@@ -105,7 +105,7 @@ def read_rows(table: Path) -> tuple[list[Item], list[dict[str, str]]]:
         page = row.get("page", "").strip()
         if "\0" in row[of_path]:
             raise UserError(f"{table}, row {number}: the path has a null byte; expected a file's path; correct it")
-        if page and not (page.isascii() and page.isdigit()):
+        if page and not (page.isascii() and page.isdigit() and len(page) < 10):
             raise UserError(
                 f"{table}, row {number}: page is {page!r}; expected a number, counted from 0, or nothing; correct it"
             )

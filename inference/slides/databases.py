@@ -35,7 +35,7 @@ class Database:
         try:
             with closing(sqlite3.connect(f"{self.file.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as opened:
                 yield from opened.execute(text)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # the second of a message that quotes the file
             raise UserError(f"{self.file} cannot be read ({error}); expected a SlideRunner database") from None
 
 

@@ -72,7 +72,9 @@ def collect(
     if not found.total:
         kinds = ", ".join(f"{name or 'no class'} ({count:,})" for name, count in found.classes.most_common(10))
         asked = f" of class {' or '.join(classes)}" if classes else ""
-        raise UserError(f"no detections{asked} in {', '.join(map(str, files))}; found {kinds or 'none'}; check them")
+        raise UserError(
+            f"no detections{asked} in {', '.join(map(str, files))}; expected some, found {kinds or 'none'}; check them"
+        )
     return found
 
 

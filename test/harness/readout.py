@@ -98,8 +98,11 @@ def read_answers(output: Path, pages: int) -> tuple[list[dict[str, Any]] | None,
     odd: list[str] = []
     try:
         value = json.loads(text, parse_constant=odd.append)  # NaN and Infinity become null on the platform
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return None, [Check("FAIL", f"'{ANSWER}' is not valid json: {error}", "write it with json.dumps")]
+    except RecursionError:
+        message = f"'{ANSWER}' is nested deeper than Python's json reads, here and on the platform"
+        return None, [Check("FAIL", message, "write flat values, or leave other keys out")]
     findings = check_answers(value, pages)
     if odd:
         # only a warning by itself: null as a class or a confidence is refused above, and elsewhere nobody reads it

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -19,11 +21,13 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from pyarrow import fs
 
 from inference.errors import UserError
 from test.harness import s3, sagemaker
 from test.support import commands
+from test.support.image_files import with_pillow
 from test.support.miniature import make_ensemble, make_members
 from test.support.processes import interruptible, until
 from test.support.ray_cluster import cluster
@@ -289,6 +293,60 @@ def test_an_output_belongs_to_one_ensemble_and_one_input(answered, miniature, bl
     with pytest.raises(UserError, match=r"a\.tar has changed since"):
         run("nowhere:1", miniature, output, data / "a.tar", "--shard", 20)
     assert finished(output) == before and file.exists()
+
+
+def test_any_history_ends_as_a_fresh_local_run_or_is_refused(address, miniature, blobs, tmp_path) -> None:
+    """Answers lost, files changed before and after their answers were lost, inputs left out and added; in any order."""
+    draw, output, fresh, other = random.Random(0), tmp_path / "out", tmp_path / "fresh.csv", tmp_path / "other"
+    other.mkdir()
+    make_ensemble(other, folds=2, threshold=0.4)
+    write_folder(tmp_path / "a", blobs[:5])
+    pages = [Image.open(io.BytesIO(blob)) for blob in blobs[5:8]]
+    write_folder(tmp_path / "b", blobs[8:13]).joinpath("s.tiff").write_bytes(with_pillow(pages))
+    inputs = [draw.choice([tmp_path / "a", tmp_path / "b"])]
+
+    def score(where: str, *more: object) -> int:
+        return run(where, miniature, output, *inputs, "--shard", 3, *more)
+
+    def compare() -> None:
+        assert score(address) == 0
+        options = ["--weights", miniature, "--device", "cpu", "--precision", "fp32"]
+        assert commands.inference("score", *inputs, "--csv", fresh, *options) == 0
+        with fresh.open() as stream:
+            wanted = sorted(csv.DictReader(stream), key=lambda row: (row["path"], int(row["page"])))
+        fresh.unlink()
+        found = read(output)
+        for column in ("path", "page", "pages", "class", "content", "ensemble"):
+            assert list(found[column].astype(str)) == [row[column] for row in wanted], column
+        np.testing.assert_allclose(found.p_atypical, [float(row["p_atypical"]) for row in wanted], atol=1e-6)
+
+    def refused(message: str, *more: object) -> None:
+        with pytest.raises(UserError, match=message):
+            score("nowhere:1", *more)
+
+    compare()
+    for step in draw.sample(["add", "leave out", "change", "lose", "lose and change"], 5):
+        answered = draw.choice(sorted(output.glob("*.parquet")))
+        crop = Path(draw.choice(pq.read_table(answered)["path"].to_pylist()))
+        before, time = crop.read_bytes(), crop.stat().st_mtime_ns
+        if step == "add":
+            inputs = [tmp_path / "b", tmp_path / "a"]
+        if "lose" in step:
+            answered.unlink()
+        if "change" in step:
+            crop.write_bytes(draw.choice(blobs[13:]))
+        if step == "leave out":
+            inputs, whole = [tmp_path / "a" / "000.png"], inputs
+            refused("does not name")
+            inputs = whole
+        elif step == "change":
+            refused("has changed since")
+            crop.write_bytes(before)
+            os.utime(crop, ns=(time, time))
+        compare()
+        refused(
+            *draw.choice([("holds answers with precision", "--precision", "bf16"), ("ensemble", "--weights", other)])
+        )
 
 
 def test_odd_shards(address, miniature, blobs, tmp_path, capsys) -> None:

@@ -122,7 +122,7 @@ def test_classes_choose_and_what_is_not_there_is_said(tmp_path) -> None:
     file = files.write_json(tmp_path / "a.geojson", rows)
     assert len(targets(file, classes=["mitosis"])) == 3
     assert len(targets(file, region="Tumor")) == 3
-    with pytest.raises(UserError, match=r"no detections of class Mitoses in .*; found Mitosis \(3\), Tumor \(1\)"):
+    with pytest.raises(UserError, match=r"of class Mitoses in .*; expected some, found Mitosis \(3\), Tumor \(1\)"):
         targets(file, classes=["Mitoses"])
 
 
@@ -186,7 +186,7 @@ def test_a_geometry_without_a_centre_says_why_and_the_others_are_read(name, tmp_
     found = collect([file], Path("s.tif"), None, (), None, lambda who, why: complaints.append(f"{who}: {why}"))
     assert [one.id for one in found.slides[Path("s.tif")]] == [files.uuid(0), files.uuid(2)] and found.total == 3
     [line] = complaints
-    assert line.startswith("a.geojson, feature 2: ") and reason in line
+    assert line.startswith(f"{file}, feature 2: ") and reason in line
 
 
 def test_an_id_that_comes_twice_counts_once(tmp_path) -> None:

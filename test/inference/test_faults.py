@@ -113,6 +113,20 @@ def test_killed_in_any_phase(phase: str, number: signal.Signals, job: dict[str, 
     shutil.rmtree(tmp_path / "output")
 
 
+def test_a_child_is_interruptible_where_we_are_not() -> None:
+    """As under nohup, or in a background job; else every test above that sends SIGINT would wait for an hour."""
+    program = "import signal; print(signal.getsignal(signal.SIGINT) == signal.default_int_handler)"
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        inherited, ours = (
+            subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, preexec_fn=first).stdout
+            for first in (None, interruptible)
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (inherited, ours) == ("False\n", "True\n")
+
+
 def test_killed_at_random_moments(job: dict[str, Any], tmp_path: Path) -> None:
     """All the answers or none, and nothing else; and the next job is not disturbed."""
     done = subprocess.run(**job)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -16,8 +17,10 @@ import numpy as np
 import pytest
 import torch
 
+from inference import ensemble as module
 from inference.averaging import average
 from inference.ensemble import Ensemble, Member
+from inference.errors import UserError
 from inference.manifest import load_manifest
 from inference.metrics import sigmoid
 from test.harness import engines, layout, preflight, readout, served
@@ -132,6 +135,25 @@ def test_a_base_is_freed_after_its_last_member(one_base: Path, two: Path) -> Non
     first = kept.members[0].weights
     kept.predict(crops(1))
     assert kept.members[0].weights is first
+
+
+def test_computing_again_in_fp32_reads_only_what_was_checked(
+    miniature: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits that overflow are computed again from the files, which may have been replaced in the meantime."""
+    folder = Path(shutil.copytree(miniature, tmp_path / "copy"))
+    expected = Ensemble.load(folder, "cpu", "fp32").predict(crops())
+    ensemble, real = Ensemble.load(folder, "cpu", "bf16"), module.logits
+
+    def overflowing(batch: torch.Tensor, weights: Any, *more: Any) -> torch.Tensor:
+        return real(batch, weights, *more) * (1 if weights.dtype == torch.float32 else torch.inf)
+
+    monkeypatch.setattr(module, "logits", overflowing)
+    found = ensemble.predict(crops())
+    assert found.recomputed == 5 and np.abs(found.p_atypical - expected.p_atypical).max() < 1e-6
+    random_base("efficientnet-lite0", tmp_path / "other.safetensors", seed=7).replace(folder / "base.safetensors")
+    with pytest.raises(UserError, match=r"base\.safetensors has SHA-256"):
+        ensemble.predict(crops())
 
 
 def test_out_of_memory_halves_the_pass_of_that_member_alone(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,5 +173,31 @@ class Scoring(RuleBasedStateMachine):
         return code, ""
 
 
+def test_pages_and_answers_that_a_later_run_could_overlook() -> None:
+    """Histories that a random one may miss: half of a stack that is not the last path, one page, a new content."""
+    state = Scoring()
+    state.start()
+    try:
+        state.compare(["sub/s.tiff"], 0, "fp32", False)
+        lines = state.out.read_bytes().splitlines(keepends=True)
+        state.out.write_bytes(b"".join(lines[:9]))  # killed after 8 of 20 pages
+        for inputs in (["a.png"], ["sub/s.tiff", "a.png"]):
+            state.compare(inputs, 0, "fp32", False)
+        assert len(rows(state.out)) == 21
+        state.start_over()
+        state.write_table([("sub/s.tiff", "0", "")])
+        for inputs in ([TABLE], [TABLE, "."]):
+            state.compare(inputs, 0, "fp32", False)
+        assert len(rows(state.out)) == 21
+        before = rows(state.out)
+        state.write("a.png", 140, 1)
+        state.compare([TABLE, "."], 0, "fp32", False)
+        changed = [row["path"] for row, old in zip(rows(state.out), before, strict=True) if row != old]
+        assert changed == ["a.png"]
+        assert state.run_into(state.out, [TABLE, "."], 0, "bf16", [])[0] is None
+    finally:
+        state.teardown()
+
+
 TestScoring = Scoring.TestCase
 TestScoring.settings = settings(max_examples=80, stateful_step_count=20, deadline=None)

@@ -293,6 +293,8 @@ def test_folders_can_be_labels(crops) -> None:
         ("path\na.png\n", "truth", "has no column 'truth'"),
         ("path,label\na.png,perhaps\n", "label", "row 2, column label: label is 'perhaps'"),
         ("path,page\na.png,-1\n", None, "page is '-1'"),
+        ("path,page\na.png,²\n", None, "page is '²'"),
+        ("path,page\na.png," + "9" * 5000 + "\n", None, "expected a number, counted from 0"),
         ("path,page\na.png\n", None, "row 2 does not have 2 fields"),
         ("", None, "has the columns"),
     ],

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import shutil
 import subprocess
 import tarfile
 import zlib
@@ -233,6 +234,23 @@ def test_build_asks_docker_for_what_the_platform_accepts(docker: Path, tmp_path:
     assert {(member.mtime, member.uid, member.gid) for member in members} == {(1735689600, 0, 0)}
     assert run("build.sh", "--no-stamp", **arguments).returncode == 0
     assert "midog-lora.built" not in (tmp_path / "calls").read_text().splitlines()[-3]
+
+
+def test_a_base_that_was_copied_in_part_is_removed(ensemble: Path, docker: Path, tmp_path: Path) -> None:
+    """In a checkout of its own, which has no bases yet."""
+    checkout = tmp_path / "checkout"
+    for folder in ("requirements", "inference", "training", "weights/bases", "test"):
+        (checkout / folder).mkdir(parents=True)
+    for name in ("build.sh", "Dockerfile", "requirements.txt", "requirements/bases.txt", "test/engine.sh"):
+        shutil.copy(ROOT / name, checkout / name)
+    shutil.copytree(ensemble, checkout / "weights/mine")
+    half = 'cp*) echo half >"$3/half.safetensors"; exit 1 ;;'
+    docker.write_text(docker.read_text().replace("save*)", f"{half}\n    save*)", 1))
+    options = ("--engine", "docker", "--ensemble", "weights/mine")
+    done = run(str(checkout / "build.sh"), *options, DOCKER=str(docker), IMAGE="mine")
+    assert done.returncode == 1 and "cannot copy the bases out of mine" in done.stderr
+    assert list((checkout / "weights/bases").iterdir()) == []
+    assert [line for line in (tmp_path / "calls").read_text().splitlines() if line.startswith("cp ")]
 
 
 @pytest.mark.parametrize(

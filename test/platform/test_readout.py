@@ -9,6 +9,11 @@ import pytest
 from inference.checks import passed
 from test.support.programs import GOOD, WRITE, messages, run_program
 
+DEEP = """
+text = json.dumps(answers)
+open(path, 'w').write(text.replace('}}', ', "extra": ' + '[' * {levels} + ']' * {levels} + '}}'))
+"""
+
 
 def test_a_good_program_passes_silently(tmp_path: Path) -> None:
     ended, answers, findings = run_program(tmp_path, WRITE)
@@ -38,7 +43,8 @@ def test_a_good_program_passes_silently(tmp_path: Path) -> None:
         (WRITE.replace("'w'", "'w', encoding='utf-16'"), "is not UTF-8"),
         (GOOD + "open(path, 'w').write(str(answers))", "is not valid json"),
         (GOOD + "open(path, 'w')", "is not valid json"),
-        (GOOD + "open(path, 'w').write('[' * 100000 + ']' * 100000)", "is not valid json"),
+        (GOOD + "open(path, 'w').write('[' * 100000 + ']' * 100000)", "is nested deeper than Python's json reads"),
+        (GOOD + DEEP.format(levels=100_000), "is nested deeper than Python's json reads"),
         (GOOD, "was not produced; /output holds nothing"),
         (WRITE.replace("path, 'w'", "target + '/answers.json', 'w'"), "/output holds answers.json"),
         (WRITE + "os.symlink('/nowhere', target + '/link')", "link is a dangling link"),
@@ -80,6 +86,12 @@ def test_doubtful_programs_are_warned_of(tmp_path: Path, program: str, message: 
     assert passed(findings)
     assert message in messages(findings, "WARN")
     assert answers
+
+
+def test_other_keys_may_hold_anything_that_python_reads(tmp_path: Path) -> None:
+    _, answers, findings = run_program(tmp_path, GOOD + DEEP.format(levels=100))
+    assert passed(findings) and messages(findings, "WARN") == ""
+    assert answers and len(answers) == 3
 
 
 def test_a_hang_gets_term_and_may_end_cleanly(tmp_path: Path) -> None:

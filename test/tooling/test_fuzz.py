@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,25 @@ from test.fuzz.targets import TARGETS, mutate_tiff
 
 def test_the_list_of_names() -> None:
     assert tuple(TARGETS) == NAMES
+
+
+READERS = """
+import sys
+from test.fuzz.targets import TARGETS
+import inference.ensemble  # which a stub stands for
+before = set(sys.modules)
+for target in TARGETS.values():
+    for content in target.seeds().values():
+        target.run(content)
+read = ("inference.", "PIL.Tiff", "PIL.Png", "PIL.Jpeg")
+print(sorted(name for name in set(sys.modules) - before if name.startswith(read)))
+"""
+
+
+def test_everything_that_is_fuzzed_is_imported_with_the_targets() -> None:
+    """The fuzzer is blind to what is imported later, when it has stopped instrumenting."""
+    done = subprocess.run([sys.executable, "-c", READERS], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
