@@ -1,4 +1,4 @@
-"""Fuzz with atheris: `python -m test.fuzz [TARGET ...] [--seconds 120] [--runs N] [--corpus DIR]`.
+"""Fuzz with atheris: `python -m test.fuzz [TARGET ...] [--seconds 120] [--runs N] [--seed N] [--corpus DIR]`.
 
 Each target runs in a process of its own for its share of the seconds, or until it has seen N inputs. What it finds is
 kept in test/fuzz/regressions/TARGET, which the ordinary tests replay. Ends with a table, and with exit code 1 after a
@@ -60,7 +60,7 @@ def fuzz_here(name: str, flags: list[str]) -> None:
     atheris.Fuzz()
 
 
-def fuzz(name: str, seconds: int, runs: int, corpus: Path) -> tuple[dict[str, int], bool]:
+def fuzz(name: str, seconds: int, runs: int, seed: int, corpus: Path) -> tuple[dict[str, int], bool]:
     """Fuzz one target in a new process; libFuzzer's figures, and whether all went well."""
     found = REGRESSIONS / name
     found.mkdir(parents=True, exist_ok=True)
@@ -71,6 +71,7 @@ def fuzz(name: str, seconds: int, runs: int, corpus: Path) -> tuple[dict[str, in
         f"-rss_limit_mb={MEMORY}",
         f"-max_total_time={seconds}",
         f"-runs={runs}",
+        f"-seed={seed}",
         "-print_final_stats=1",
         "-max_len=65536",
         "-len_control=0",
@@ -93,6 +94,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("targets", nargs="*", choices=[*NAMES, []], metavar="TARGET", help=", ".join(NAMES))
     parser.add_argument("--seconds", type=int, default=120, help="for all targets together (default 120)")
     parser.add_argument("--runs", type=int, default=-1, help="end a target after this many inputs")
+    parser.add_argument("--seed", type=int, default=0, help="of the alterations (default 0: another one each time)")
     parser.add_argument("--corpus", type=Path, help="keep what is learned here, and start from it")
     options = parser.parse_args(arguments)
     if not importlib.util.find_spec("atheris"):
@@ -106,7 +108,7 @@ def main(arguments: list[str]) -> int:
     total, well = 0, True
     for name in names:
         seconds = max(5, options.seconds * shares[name] // sum(shares.values()))
-        figures, ended = fuzz(name, seconds, options.runs, corpus)
+        figures, ended = fuzz(name, seconds, options.runs, options.seed, corpus)
         get = figures.get
         count = get("number_of_executed_units", 0)
         print(
