@@ -33,7 +33,7 @@ context() { # all that the Dockerfile copies, with one time, owner and order, so
 }
 
 build_image() {
-    local image=${IMAGE:-midog-lora} options=() file
+    local image=${IMAGE:-midog-lora} options=() file name missing=''
     case $api in exec | invoke | '') ;; *) fail "--api $api; expected exec or invoke" ;; esac
     case $ensemble in /* | ../*) fail "$ensemble lies outside this folder; Docker can only copy what is inside, e.g. weights/NAME" ;; esac
     [ -f "$ensemble/ensemble.json" ] || fail "no $ensemble/ensemble.json; expected an ensemble folder; see weights/default"
@@ -50,14 +50,18 @@ build_image() {
         --tag "$image" -
     echo "layers of $image, newest first:"
     "$docker" history --format '{{printf "%9s" .Size}}  {{.CreatedBy}}' "$image" | awk '!/^ *0B/ {print substr($0, 1, 100)}'
-    # export.sh packs the bases, and the image has just made those that are not here
-    container=$("$docker" create "$image")
-    copied=$(mktemp -d weights/bases/.from-image.XXXXXX)
-    trap '"$docker" rm "$container" >/dev/null; rm -rf "$copied"' EXIT
-    "$docker" cp "$container:/opt/app/weights/bases/." "$copied/" || fail "cannot copy the bases out of $image"
-    for file in "$copied"/*; do
-        if [ -e "$file" ] && [ ! -e "weights/bases/${file##*/}" ]; then mv "$file" weights/bases/; fi
+    for name in $(grep -o '"file": *"[^"/]*"' "$ensemble/ensemble.json" | cut -d '"' -f 4); do
+        [ -e "$ensemble/$name" ] || [ -e "weights/bases/$name" ] || missing=yes
     done
+    if [ -n "$missing" ]; then # export.sh packs the bases; the image has just made those that are not here
+        container=$("$docker" create "$image")
+        copied=$(mktemp -d weights/bases/.from-image.XXXXXX)
+        trap '"$docker" rm "$container" >/dev/null; rm -rf "$copied"' EXIT
+        "$docker" cp "$container:/opt/app/weights/bases/." "$copied/" || fail "cannot copy the bases out of $image"
+        for file in "$copied"/*; do
+            if [ -e "$file" ] && [ ! -e "weights/bases/${file##*/}" ]; then mv "$file" weights/bases/; fi
+        done
+    fi
     echo "built image $image ($("$docker" image inspect --format '{{.Size}}' "$image" | awk '{printf "%.2f GB", $1 / 1e9}'))"
 }
 
