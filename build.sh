@@ -50,9 +50,9 @@ build_image() {
         --tag "$image" -
     echo "layers of $image, newest first:"
     "$docker" history --format '{{printf "%9s" .Size}}  {{.CreatedBy}}' "$image" | awk '!/^ *0B/ {print substr($0, 1, 100)}'
-    for name in $(grep -o '"file": *"[^"/]*"' "$ensemble/ensemble.json" | cut -d '"' -f 4); do
+    while read -r name; do
         [ -e "$ensemble/$name" ] || [ -e "weights/bases/$name" ] || missing=yes
-    done
+    done < <(grep -o '"file": *"[^"/]*"' "$ensemble/ensemble.json" | cut -d '"' -f 4)
     if [ -n "$missing" ]; then # export.sh packs the bases; the image has just made those that are not here
         container=$("$docker" create "$image")
         copied=$(mktemp -d weights/bases/.from-image.XXXXXX)

@@ -244,6 +244,7 @@ def test_a_base_that_was_copied_in_part_is_removed(ensemble: Path, docker: Path,
     for name in ("build.sh", "Dockerfile", "requirements.txt", "requirements/bases.txt", "test/engine.sh"):
         shutil.copy(ROOT / name, checkout / name)
     shutil.copytree(ensemble, checkout / "weights/mine")
+    (checkout / "weights/mine" / BASE).unlink()
     half = 'cp*) echo half >"$3/half.safetensors"; exit 1 ;;'
     docker.write_text(docker.read_text().replace("save*)", f"{half}\n    save*)", 1))
     options = ("--engine", "docker", "--ensemble", "weights/mine")
