@@ -48,7 +48,7 @@ def run(
 def add_ensemble_options(parser: argparse.ArgumentParser, *, hub: bool = False) -> None:
     """--weights, --device and --precision, as every command that predicts takes them.
 
-    hub: its --weights may lie on the hub too, as `inference.hub.local_folder` understands it
+    hub: whether --weights also takes the name of an ensemble on the Hugging Face hub; see `inference.hub.local_folder`
     """
     kinds = "ensemble folder, or hf-hub:USER/NAME@REVISION" if hub else "ensemble folder"
     about = f"{kinds} (default: the model uploaded to {MODEL_TARBALL}, else the bundled ensemble)"

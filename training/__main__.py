@@ -20,6 +20,7 @@ COMMANDS = {
     "verify": Command("training.verify", "compare an ensemble with timm and PEFT, fold by fold"),
     "combine": Command("training.combine", "make one ensemble of the members of several runs and ensembles"),
     "publish": Command("training.publish", "share an ensemble on the Hugging Face hub, in one commit"),
+    "hubcard": Command("training.hubcard", "write the hub's part of the cards of ensembles again"),
     "report": Command("training.report", "write the report of a run"),
     "sweep": Command("training.sweep", "fit ranks x splits x backbones and write one table"),
 }

@@ -1,6 +1,6 @@
 """The hub's part of an ensemble's card: the front matter of its README.md, made from its manifest and nothing else.
 
-`python -m training.hubcard ENSEMBLE...` writes it again; the text below it stays. `export` and `combine` do the same.
+`python -m training hubcard ENSEMBLE...` writes it again; the text below it stays. `export` and `combine` do the same.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,18 +170,11 @@ def plain(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m training.hubcard", description="Write the hub's part of cards.")
+def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", nargs="+", type=Path, metavar="ENSEMBLE")
-    try:
-        for folder in parser.parse_args(arguments).folders:
-            write_card(folder)
-            print(f"{folder / CARD}: front matter as {FILE} gives it")
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def run(options: argparse.Namespace) -> None:
+    for folder in options.folders:
+        write_card(folder)
+        print(f"{folder / CARD}: front matter as {FILE} gives it")

@@ -52,12 +52,12 @@ def files_to_send(folder: Path) -> dict[str, Path]:
             raise UserError(f"{path} is no part of the ensemble; expected what {FILE} names; move it out of the folder")
     for name, path in files.items():
         if not path.is_file():
-            advice = f"write it with 'python -m training.hubcard {folder}'" if name == CARD else "save it there"
+            advice = f"write it with 'python -m training hubcard {folder}'" if name == CARD else "save it there"
             raise UserError(f"no {name} in {folder}; expected it beside the adapters; {advice}")
     if not is_current(folder):
         raise UserError(
             f"{folder / CARD} begins otherwise than {FILE} gives; expected its front matter; write it with "
-            f"'python -m training.hubcard {folder}'"
+            f"'python -m training hubcard {folder}'"
         )
     return dict(sorted(files.items()))
 

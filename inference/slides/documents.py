@@ -41,7 +41,7 @@ def documents(file: Path) -> Iterator[Any]:
         else:
             with gzip.open(file) if start.startswith(b"\x1f\x8b") else file.open("rb") as stream:
                 yield parse(bounded(stream, file), file)
-    except (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+    except (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{file} cannot be read ({reason}); expected detections; check the file") from None
 

@@ -6,7 +6,6 @@ Driver, worker and output are the real ones; only Ray between them is replaced b
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import shutil
@@ -27,9 +26,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from inference.cluster import command
 from inference.cluster.worker import Scorer
 from inference.errors import UserError
-from inference.exits import INCOMPLETE
-from test.support import commands
-from test.support.histories import Killed, Stub, image, stubbed
+from test.support.histories import Killed, Stub, image, outcome, stubbed
 from test.support.shard_files import write_parquet, write_tar
 from test.support.stub import stub_manifest
 
@@ -169,13 +166,7 @@ class Scoring(RuleBasedStateMachine):
     def run_into(self, output: Path, inputs: list[str], weights: int, precision: str) -> tuple[int | None, str]:
         """Exit code, or None and why the command refused."""
         where = ["--weights", self.folder / f"weights{weights}", "--device", "cpu", "--precision", precision]
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            try:
-                code = commands.inference("score", "--ray", "none", *inputs, "--output", output, "--shard", "3", *where)
-            except UserError as error:
-                return None, str(error)
-        assert code in (0, INCOMPLETE)
-        return code, ""
+        return outcome("score", "--ray", "none", *inputs, "--output", output, "--shard", "3", *where)
 
 
 def answers(folder: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import io
 import os
 import shutil
 import tempfile
@@ -19,11 +18,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from inference.errors import UserError
 from inference.exits import INCOMPLETE
 from inference.slides import command
-from test.support import commands
-from test.support.histories import Killed
+from test.support.histories import Killed, outcome
 from test.support.pyramids import write_slide
 
 NAMES = ("a.tif", "sub/b.tif", "plain.tif")  # the last one states no scale
@@ -143,13 +140,7 @@ class Cutting(RuleBasedStateMachine):
     def run_into(self, output: Path, side: int, slide_mpp: float | None) -> tuple[int | None, str]:
         """Exit code, or None where the command refused; and all that it said on stderr."""
         more = [] if slide_mpp is None else ["--slide-mpp", slide_mpp]
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as err:
-            try:
-                code = commands.inference("crops", self.table, "--output", output, "--side", side, *more)
-            except UserError as error:
-                return None, str(error)
-        assert code in (0, INCOMPLETE)
-        return code, err.getvalue()
+        return outcome("crops", self.table, "--output", output, "--side", side, *more)
 
 
 def rows(folder: Path) -> list[dict[str, str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import io
 import os
 import shutil
 import tempfile
@@ -16,9 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from inference.errors import UserError
-from inference.exits import INCOMPLETE
-from test.support import commands
-from test.support.histories import Killed, Stub, image, stubbed
+from test.support.histories import Killed, Stub, image, outcome, stubbed
 from test.support.stub import stub_manifest
 
 NAMES = ("a.png", "b.png", "sub/c.png", "sub/s.tiff", "t.tiff", "=d.png", "e\rf.png", 'g "h".png', "sub/n\nl, m.png")
@@ -164,13 +161,7 @@ class Scoring(RuleBasedStateMachine):
     ) -> tuple[int | None, str]:
         """Exit code, or None and why the command refused."""
         where = ["--weights", self.folder / f"weights{weights}", "--device", "cpu", "--precision", precision]
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            try:
-                code = commands.inference("score", *inputs, "--csv", file, *where, *more)
-            except UserError as error:
-                return None, str(error)
-        assert code in (0, INCOMPLETE)
-        return code, ""
+        return outcome("score", *inputs, "--csv", file, *where, *more)
 
 
 def test_pages_and_answers_that_a_later_run_could_overlook() -> None:

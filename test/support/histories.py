@@ -12,6 +12,9 @@ import numpy as np
 from PIL import Image
 
 import inference.ensemble as module
+from inference.errors import UserError
+from inference.exits import INCOMPLETE
+from test.support import commands
 from test.support.stub import StubEnsemble
 
 
@@ -52,3 +55,14 @@ def image(level: int, pages: int) -> bytes:
     stream = io.BytesIO()
     images[0].save(stream, "TIFF", save_all=True, append_images=images[1:])
     return stream.getvalue()
+
+
+def outcome(*words: object) -> tuple[int | None, str]:
+    """Of a command of `python -m inference`: exit code and stderr; where it refused, None and why."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            code = commands.inference(*words)
+        except UserError as error:
+            return None, str(error)
+    assert code in (0, INCOMPLETE)
+    return code, said.getvalue()

@@ -20,7 +20,6 @@ from inference.manifest import load_manifest
 from test.support.hub import TOKEN, Hub, Repository, serving
 from test.support.miniature import make_ensemble
 from training.__main__ import main
-from training.hubcard import main as hubcard
 from training.hubcard import metadata, write_card
 from training.publish import files_to_send
 
@@ -87,7 +86,7 @@ def edit(folder: Path, change: Callable[[dict], object]) -> None:
 
 @pytest.mark.parametrize("folder", SHARED, ids=lambda folder: folder.name)
 def test_the_cards_of_this_repository(folder: Path) -> None:
-    """The hub's own class reads what the manifest says; where this fails, run python -m training.hubcard weights/*/"""
+    """The hub's own class reads what the manifest says; where this fails, run python -m training hubcard weights/*/"""
     card = ModelCard.load(folder / "README.md")
     assert card.data.to_dict() == metadata(folder).to_dict()
     assert card.data.library_name == "peft" and card.data.license and card.data.base_model
@@ -112,7 +111,7 @@ def test_a_card_of_two_members(made: Path, tmp_path: Path) -> None:
     assert about["datasets"] == ["AMi-Br", "MIDOG25"] and about["license"] == "apache-2.0"
     other["licence"]["base"] = "DINOv3 License"
     (tmp_path / "ensemble.json").write_text(json.dumps(content))
-    assert hubcard([str(tmp_path)]) == 0
+    assert main(["hubcard", str(tmp_path)]) == 0
     data = ModelCard.load(tmp_path / "README.md").data
     assert (data.license, data.license_name, data.license_link) == ("other", "dinov3-license", "LICENSE.md")
 
