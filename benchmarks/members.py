@@ -23,11 +23,11 @@ import torch
 
 from benchmarks import workload
 from benchmarks.cold_start import ROOT, machine, run_ours
-from inference.adapters import Weights
 from inference.backbones import BACKBONES
 from inference.commandline import DEVICES
 from inference.manifest import PRECISIONS, Manifest, Member, load_manifest
 from inference.metrics import sigmoid
+from inference.weights import Weights
 
 EXACT = 1e-6  # of P(atypical)
 PLATFORM = 16e9  # bytes, of host memory and of a T4's

@@ -21,7 +21,7 @@ FOLDS = 3
 
 
 class RandomWeights:
-    """Stands for inference.adapters.Weights: random tensors (none on the meta device), `adapted` ones for each fold."""
+    """Stands for inference.weights.Weights: random tensors (none on the meta device), `adapted` ones for each fold."""
 
     def __init__(self, backbone: str, first: int, folds: int, device: str, **overrides: Any) -> None:
         """first: the lowest block whose attention and MLP are adapted."""

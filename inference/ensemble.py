@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from . import manifest as manifests
-from .adapters import Weights
 from .averaging import average
 from .backbones import lookup
 from .checksums import check_ensemble, check_hashes
@@ -23,6 +22,7 @@ from .exits import is_device_memory
 from .manifest import TTA_VIEWS, Manifest, load_manifest
 from .models import logits
 from .preprocess import Preprocess, to_batch, views
+from .weights import Weights
 
 # Bytes of the widest layer's activations in a pass. Enough to keep a GPU busy; larger ones leave a CPU's caches.
 WIDEST = {"cuda": 96 << 20, "cpu": 32 << 20}

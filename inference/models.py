@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 if TYPE_CHECKING:
-    from .adapters import Weights
     from .backbones import Backbone
+    from .weights import Weights
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
-from inference import adapters
+from inference import adapters, weights
 from inference.backbones import BACKBONES, POOLS
 from inference.device import choose_device
 from inference.ensemble import Ensemble, Member
@@ -44,8 +43,7 @@ class FakeFile:
 
 
 def fake_adapter(file: Path) -> dict[str, torch.Tensor]:
-    with mock.patch.object(adapters, "open_safetensors", REAL_OPEN):
-        real = really(REAL_TENSORS)(file)  # they are checked by value
+    real = really(REAL_TENSORS)(file)  # they are checked by value
     return {name: FakeFile.mode.from_tensor(value) for name, value in real.items()}
 
 
@@ -62,7 +60,7 @@ def fake_numpy(tensor: torch.Tensor) -> np.ndarray:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The fake GPU, with what an ensemble's files hold as fake tensors."""
     monkeypatch.setattr("inference.ensemble.choose_device", torch.device)
-    monkeypatch.setattr(adapters, "open_safetensors", FakeFile)
+    monkeypatch.setattr(weights, "open_safetensors", FakeFile)
     monkeypatch.setattr(adapters, "_read_tensors", fake_adapter)
     monkeypatch.setattr(FakeTensor, "numpy", fake_numpy, raising=False)
     with fake_gpu() as FakeFile.mode:
@@ -116,7 +114,7 @@ def test_a_mixed_device_is_found(planted: str, made: Any, gpu: None, monkeypatch
     if planted == "batch":
         monkeypatch.setattr("inference.ensemble.views", lambda batch, tta: batch.cpu())
     else:
-        monkeypatch.setattr(adapters.Weights, "_exact", lambda self, name: self._base.get_tensor(name).float())
+        monkeypatch.setattr(weights.Weights, "_exact", lambda self, name: self._base.get_tensor(name).float())
     with pytest.raises(RuntimeError, match="device"):
         ensemble.predict(CROPS)
 

@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.shared_pass import operations
-from inference.adapters import Weights
 from inference.backbones import BACKBONES, Backbone, build
 from inference.ensemble import Ensemble
 from inference.models import logits
 from inference.preprocess import to_batch
+from inference.weights import Weights
 from test.support.miniature import make_ensemble, overrides, random_base
 
 # parameter counts without a head, as published (model cards; timm for the rest)

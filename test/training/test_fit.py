@@ -132,10 +132,10 @@ def test_accumulated_batches_are_one_larger_batch(run_fold):
 
 def test_the_stored_logits_are_those_of_the_stored_adapter(run_fold, data, tmp_path):
     """Not of the last weights: with averaging, adapter and out-of-fold logits are both the average's."""
-    from inference.adapters import Weights
     from inference.backbones import lookup
     from inference.models import logits
     from inference.preprocess import to_batch
+    from inference.weights import Weights
 
     settings = recipe("ema=0.9")
     run_fold(settings)
