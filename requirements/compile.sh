@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 compile() { # the files agree with each other because each takes the ones before as its constraints
-    uv pip compile "requirements/$1.in" --output-file "$2" --quiet --generate-hashes \
+    uv pip compile "requirements/$1.in" --output-file "$2" --quiet --generate-hashes --no-strip-extras \
         --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
         --no-emit-index-url --no-emit-find-links --custom-compile-command "requirements/compile.sh [--upgrade]" "${@:3}"
 }
