@@ -37,7 +37,7 @@ SMOOTHING = 100  # resamples whose best cuts are averaged to get the threshold
 
 @dataclass(frozen=True)
 class OutOfFold:
-    """Logits (V, N) of the d4 views from the fold that did not train on the crop; all other fields (N,)."""
+    """Logits (V, N) of the recipe's views from the fold that did not train on the crop; all other fields (N,)."""
 
     logits: np.ndarray
     labels: np.ndarray
@@ -109,13 +109,15 @@ def read_out_of_fold(run: Path) -> OutOfFold:
     with split.open(newline="") as lines:
         rows = list(csv.DictReader(lines))
     folds = np.array([int(row["fold"]) for row in rows])
-    logits = np.full((TTA_VIEWS["d4"], len(rows)), np.nan)
+    stored = {}
     for fold in np.unique(folds):
         file = run / f"fold{fold}" / "oof.npz"
         if not file.exists():
             raise UserError(f"{file} is missing; fold {fold} is not finished; run 'training fit' again to resume it")
-        stored = np.load(file)
-        logits[:, stored["index"]] = stored["logits"]
+        stored[fold] = np.load(file)
+    logits = np.full((min(len(one["logits"]) for one in stored.values()), len(rows)), np.nan)
+    for one in stored.values():
+        logits[:, one["index"]] = one["logits"][: len(logits)]
     if np.isnan(logits).any():
         raise UserError(
             f"{run}: {int(np.isnan(logits).any(0).sum())} crops have no out-of-fold logit; fit the run again"
@@ -130,7 +132,7 @@ def averaged(logits: np.ndarray, averaging: str, temperature: float = 1.0, shift
 
 
 def calibrated(logits: np.ndarray, chosen: dict[str, Any]) -> np.ndarray:
-    """P(atypical) (N,) from the eight d4 views' logits (8, N) by what `calibrate` chose."""
+    """P(atypical) (N,) from the views' logits (V, N) by what `calibrate` chose."""
     views = logits[: TTA_VIEWS[chosen["tta"]]]
     return averaged(views, chosen["averaging"], chosen["temperature"], chosen["shift"])
 
@@ -163,6 +165,7 @@ def choose(oof: OutOfFold) -> dict[str, Any]:
     tried = {
         tta: {rule: roc_auc(oof.labels, averaged(oof.logits[:views], rule)) for rule in ("logit", "probability")}
         for tta, views in TTA_VIEWS.items()
+        if views <= len(oof.logits)
     }
     tta, averaging = "none", "logit"
     for name, rules in tried.items():

@@ -134,7 +134,7 @@ def fit_fold(run: Run, fold: np.ndarray, number: int) -> None:
             state.save(out / "checkpoint.pt")
         accelerator.wait_for_everyone()
 
-    z = predict(state.load_result(), [run.images[n] for n in held_out], recipe, "d4", accelerator)
+    z = predict(state.load_result(), [run.images[n] for n in held_out], recipe, recipe.tta, accelerator)
     if accelerator.is_main_process:
         store(out, state.plain, held_out, z)
     accelerator.wait_for_everyone()

@@ -10,6 +10,7 @@ from typing import Any
 
 from inference.backbones import lookup
 from inference.errors import UserError
+from inference.manifest import TTA_VIEWS
 from inference.preprocess import Preprocess
 
 from .strengths import Augment
@@ -56,6 +57,7 @@ class Recipe:
     # whole groups, judges instead of training: the crops that the fold is scored on choose nothing
     patience: int = 0
     checkpointing: bool = False
+    tta: str = "d4"  # views of a finished fold's held-out logits, of which calibrate can choose: none, rot4 or d4
     precision: str = "auto"  # fp32, bf16, fp16, or auto: what the hardware multiplies natively
     # split: "grouped", "random", "domain" (k folds of whole domains) or "leave-one-out" (a fold per domain)
     split: str = "grouped"
@@ -63,6 +65,10 @@ class Recipe:
     folds: int = 3
     seed: int = 0
     augment: Augment = field(default_factory=Augment)
+
+    def __post_init__(self) -> None:
+        if self.tta not in TTA_VIEWS:
+            raise UserError(f"recipe: tta {self.tta!r} is unknown; expected one of {', '.join(TTA_VIEWS)}; change it")
 
     def preprocess(self) -> Preprocess:
         row = lookup(self.backbone)
