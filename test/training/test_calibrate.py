@@ -35,6 +35,7 @@ from training.calibrate import (
     read_out_of_fold,
     resampled,
 )
+from training.recipe import load_recipe
 
 
 def made_up(n: int = 3000, views_noise: float = 0.0, scale: float = 1.0, seed: int = 0) -> OutOfFold:
@@ -212,3 +213,19 @@ def test_every_bootstrap_draws_slides(monkeypatch):
     monkeypatch.setattr(training.calibrate, "group_bootstrap", lambda g, n: drawn.append(g) or real(g, n))
     calibrate(made_up(300))
     assert all(len(set(groups)) < len(groups) for groups in drawn) and len(drawn) >= 3
+
+
+def test_only_the_views_that_a_run_has_are_tried(tmp_path):
+    run = fake_run(tmp_path / "run")
+    for file in run.glob("fold*/oof.npz"):
+        stored = np.load(file)
+        np.savez(file, index=stored["index"], logits=stored["logits"][:4])
+    oof = read_out_of_fold(run)
+    assert oof.logits.shape == (4, 240)
+    assert list(calibrate(oof)["tried"]) == ["none", "rot4"]
+
+
+def test_a_recipe_names_views_that_exist():
+    assert load_recipe("lite0", ["tta=rot4"]).tta == "rot4"
+    with pytest.raises(UserError, match="tta 'rot8' is unknown; expected one of none, rot4, d4"):
+        load_recipe("lite0", ["tta=rot8"])

@@ -48,7 +48,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("data")
     crops = load_data([tiny_table(folder)], lambda line: None)
     base = random_base("efficientnet-lite0", folder / "base.safetensors")
-    AcceleratorState._reset_state()
     return SimpleNamespace(
         crops=crops,
         images=load_crops(crops),
@@ -172,7 +171,6 @@ def test_early_stopping_keeps_the_best_epoch_of_crops_that_it_is_not_scored_on(r
 
 
 def test_a_state_without_an_auc_keeps_the_latest():
-    AcceleratorState._reset_state()
     model = torch.nn.Linear(1, 1, bias=False)
     state = State(model, recipe(), 1, Accelerator(cpu=True), None)
     for value, auc in ((1.0, math.nan), (2.0, math.nan)):
@@ -208,7 +206,6 @@ def test_an_epochs_order(data, sampling):
 
 
 def test_the_command_fits_all_folds_and_refuses_another_run_in_the_folder(data, tmp_path, capsys):
-    AcceleratorState._reset_state()
     run = tmp_path / "run"
     settings = ["size=32", "crop=0", "targets=late", "rank=2", "epochs=1", "batch=8", "folds=2"]
     arguments = ["fit", "--recipe", "lite0", "--data", str(data.table), "--base", str(data.base), "--run", str(run)]
@@ -265,7 +262,6 @@ def test_a_run_of_an_earlier_version_is_the_same_run(tmp_path, data):
 
 
 def test_a_plan_measures_and_writes_nothing(data, tmp_path, capsys):
-    AcceleratorState._reset_state()
     changes = [f"--set={c}" for c in ("size=32", "crop=0", "targets=late", "rank=2", "epochs=3", "batch=4", "folds=2")]
     before = sorted(tmp_path.rglob("*"))
     run = tmp_path / "run"
@@ -316,7 +312,6 @@ def test_real_crops_train(data, tmp_path):
     """Sixty real crops, the default recipe at a small size: runs, and every held-out crop has finite logits."""
     crops = load_data([REAL], lambda line: None)[::48]
     assert read_stack(crops[0].path)[0].shape == (128, 128, 3)
-    AcceleratorState._reset_state()
     settings = load_recipe("lite0", ["size=48", "epochs=1", "batch=16", "precision=bf16"])
     fit(Run(settings, tmp_path, crops, load_crops(crops), data.base, make_accelerator(settings)), [1])
     stored = np.load(tmp_path / "fold1" / "oof.npz")

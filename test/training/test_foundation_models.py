@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from inference.backbones import BACKBONES
 from inference.checksums import sha256
@@ -38,7 +37,6 @@ def test_a_road_from_the_published_file_to_verified_weights(name, tmp_path, monk
 
     data = tiny_table(tmp_path, 12, 4)
     changes = ["epochs=1", "batch=4", "folds=2", f"size={2 * patch}", "crop=24"]
-    AcceleratorState._reset_state()
     arguments = ["fit", "--recipe", recipe, "--data", str(data), "--run", str(run), "--base", str(base)]
     assert main([*arguments, *(f"--set={change}" for change in changes)]) == 0
     arguments = ["export", str(run), "--output", str(ensemble), "--base", str(base), "--include-base"]

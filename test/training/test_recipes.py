@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState
 
 from inference.backbones import lookup
 from inference.ensemble import Ensemble
@@ -121,7 +120,6 @@ def test_every_recipe_runs_from_crops_to_answers(name, tmp_path, monkeypatch):
     base = miniature.random_base(recipe.backbone, tmp_path / "base.safetensors")
     crops = load_data([tiny_table(tmp_path, 12, 4)], lambda line: None)
     images = load_crops(crops)
-    AcceleratorState._reset_state()
     recipe = settle_precision(recipe, tmp_path)
     accelerator = make_accelerator(recipe)
     run, ensemble = tmp_path / "run", tmp_path / "ensemble"
