@@ -6,7 +6,7 @@
     GET  /         which ensemble answers, and what it expects; GET /openapi.json describes all of these
 
 Tasks run one at a time in one thread, however many are requested at once. Nothing is kept between tasks: the previous
-answers are removed first, and the input is read anew. SIGTERM ends the server with exit code 0 after the current task.
+answers are removed first, and the input is read again. SIGTERM ends the server with exit code 0 after the current task.
 Source: the platform's entry shim (sagemaker-shim 0.7 and later), which calls 127.0.0.1:4743 without a body.
 """
 

@@ -148,7 +148,7 @@ def check_same(place: Path, table: Table, sha256: str, folds: np.ndarray, settin
     if sha256 != table.sha256:
         raise UserError(f"{place} was fitted on other crops than {table.place}; expected the same; run '{command}'")
     if len(folds) != len(table.folds) or (folds != table.folds).any():
-        raise UserError(f"{place} splits its crops otherwise than {table.place}; expected one split; run '{command}'")
+        raise UserError(f"{place} and {table.place} split their crops differently; expected one split; run '{command}'")
 
 
 def read_run(run: Path, table: Table, bases: Path) -> Candidate:

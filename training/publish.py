@@ -56,7 +56,7 @@ def files_to_send(folder: Path) -> dict[str, Path]:
             raise UserError(f"no {name} in {folder}; expected it beside the adapters; {advice}")
     if not is_current(folder):
         raise UserError(
-            f"{folder / CARD} begins otherwise than {FILE} gives; expected its front matter; write it with "
+            f"the front matter of {folder / CARD} does not match {FILE}; expected what {FILE} gives; write it with "
             f"'python -m training hubcard {folder}'"
         )
     return dict(sorted(files.items()))

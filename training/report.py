@@ -82,7 +82,7 @@ def report(run: Path) -> str:
             _left_out(chosen)
             + f"""<p class="small muted">{counts}. Each fold is scored with
             the TTA, averaging, temperature, shift and threshold that the other folds choose. In brackets: 95%
-            intervals from resampled slides, with the thresholds chosen anew in each resample.</p>""",
+            intervals from resampled slides, with the thresholds chosen again in each resample.</p>""",
             wide=True,
         ),
         _panel(

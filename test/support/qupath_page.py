@@ -22,27 +22,30 @@ from test.support.figures import FIGURES, draw
 from test.support.gallery import ROOT, photograph
 from test.support.pyramids import pyramid, write_slide
 
-WIDTH, HEIGHT = 4800, 3600
+WIDTH, HEIGHT = 12800, 9600  # 3.2 by 2.4 mm: much more than the 2 mm² of a hot spot
+# figures in two clusters, so that the hot spot of atypical ones is another: centre, number, share of atypical ones
+CLUSTERS = (((3600, 3400), 40, 0.3), ((9600, 6400), 25, 0.8))
 
 
 def draw_slide(folder: Path) -> None:
-    """case-7.tif and case-7.geojson: 60 figures in two clusters, one place on blank glass, and a tumour outline."""
+    """case-7.tif and case-7.geojson: 65 figures in two clusters, one place on blank glass, and a tumour outline."""
     rng = np.random.default_rng(7)
     y, x = np.mgrid[:HEIGHT:8, :WIDTH:8]
-    tissue = ((x - 2400) / 2200) ** 2 + ((y - 1800) / 1600) ** 2 < 1 + 0.1 * np.sin(x / 400) * np.cos(y / 300)
+    edge = 1 + 0.1 * np.sin(x / 1070) * np.cos(y / 800)
+    tissue = ((x - WIDTH / 2) / 5870) ** 2 + ((y - HEIGHT / 2) / 4270) ** 2 < edge
     coarse = np.where(tissue[..., None], [222, 178, 205], [242, 240, 243]) + rng.integers(-6, 6, (*tissue.shape, 3))
     pixels = coarse.clip(0, 255).astype(np.uint8).repeat(8, 0).repeat(8, 1)
-    kinds = [(label, kind) for label, some in FIGURES.items() for kind in some]
     places: list[tuple[float, float]] = []
-    while len(places) < 60:
-        centre = (1700, 1500) if len(places) < 35 else (3200, 2200)
-        place = tuple(int(value) for value in rng.normal(centre, 380))
-        if all(abs(place[0] - a) > 130 or abs(place[1] - b) > 130 for a, b in places):
-            left, top = place[0] - 64, place[1] - 64
-            pixels[top : top + 128, left : left + 128] = draw(kinds[len(places) % len(kinds)][1], rng)
-            places.append((float(place[0]), float(place[1])))
-    write_slide(folder / "case-7.tif", pyramid(pixels, 3))
-    tumour = features([(0.0, 0.0)], "Tumor")[0] | {"geometry": square(2400, 1800, 1500)}
+    for centre, number, atypical in CLUSTERS:
+        wanted = len(places) + number
+        while len(places) < wanted:
+            left, top = (int(value) - 64 for value in rng.normal(centre, 850))
+            if all(abs(left + 64 - a) > 130 or abs(top + 64 - b) > 130 for a, b in places):
+                kind = rng.choice(list(FIGURES["atypical" if rng.random() < atypical else "normal"]))
+                pixels[top : top + 128, left : left + 128] = draw(kind, rng)
+                places.append((left + 64.0, top + 64.0))
+    write_slide(folder / "case-7.tif", pyramid(pixels, 4))
+    tumour = features([(0.0, 0.0)], "Tumor")[0] | {"geometry": square(WIDTH / 2, HEIGHT / 2, 4200)}
     tumour["id"] = "00000000-0000-4000-8000-0000000000ff"
     content = [*features([*places, (300.0, 300.0)]), tumour]
     write_json(folder / "case-7.geojson", {"type": "FeatureCollection", "features": content})

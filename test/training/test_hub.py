@@ -223,8 +223,11 @@ def test_no_network_is_one_line(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> No
         (lambda f: (f / "fold0" / ".cache").write_text("x"), ".cache is no part of the ensemble"),
         (lambda f: (f / "base.safetensors").write_text("x"), "SHA-256"),
         (lambda f: (f / "README.md").unlink(), "no README.md in"),
-        (lambda f: (f / "README.md").write_text("# mine\n"), "begins otherwise than ensemble.json gives"),
-        (lambda f: edit(f, lambda c: c["provenance"]["out_of_fold"].update(auc=0.99)), "begins otherwise"),
+        (
+            lambda f: (f / "README.md").write_text("# mine\n"),
+            "does not match ensemble.json; expected what ensemble.json gives",
+        ),
+        (lambda f: edit(f, lambda c: c["provenance"]["out_of_fold"].update(auc=0.99)), "does not match ensemble.json"),
         (lambda f: edit(f, lambda c: c["licence"].update(base="CC-BY-NC-ND-4.0")), "allows no changed versions"),
         (lambda f: edit(f, lambda c: c.update(backbone="uni")), "is under CC-BY-NC-ND-4.0"),  # whatever it claims
         (lambda f: edit(f, lambda c: c["licence"].update(base="Own")), "nobody here has read"),
