@@ -1,7 +1,7 @@
-"""Fit ranks x splits x backbones and write one table of their out-of-fold scores, as arXiv 2509.16935 compares them.
+"""Fit ranks x splits x backbones; write a table and a figure of their out-of-fold scores, as arXiv 2509.16935 has them.
 
 Each combination is a run folder like any other, so a sweep that was stopped resumes where it was, and `report` or
-`export` take any of its runs. The table is written again after each.
+`export` take any of its runs. Table and figure are written again after each.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ COLUMNS = (
     "sensitivity",
     "specificity",
     "auc",
+    "auc_low",
+    "auc_high",
     "threshold",
     "tta",
     "seconds",
@@ -85,7 +87,8 @@ def run(options: argparse.Namespace) -> None:
         if accelerator.is_main_process:
             rows.append(summarise(options.run / name, recipe))
             write_tables(options.run, rows, options.recipe)
-    say(accelerator, f"{options.run / 'sweep.md'} and sweep.csv: {len(recipes)} runs")
+            draw(options.run / "sweep.svg", rows)
+    say(accelerator, f"{options.run / 'sweep.md'}, sweep.csv and sweep.svg: {len(recipes)} runs")
 
 
 def variant(shared: Recipe, backbone: str, split: str, rank: int) -> Recipe:
@@ -115,7 +118,9 @@ def summarise(run: Path, recipe: Recipe) -> dict[str, Any]:
     }
     adapter = open_safetensors(run / "fold0" / "adapter_model.safetensors")
     trainable = sum(int(np.prod(adapter.get_slice(name).get_shape())) for name in adapter.keys())  # noqa: SIM118
-    low, high = found["balanced_accuracy_interval"] or (float("nan"), float("nan"))
+    unknown = (float("nan"), float("nan"))
+    low, high = found["balanced_accuracy_interval"] or unknown
+    auc_low, auc_high = found["auc_interval"] or unknown
     return {
         "backbone": recipe.backbone,
         "split": recipe.split,
@@ -124,6 +129,8 @@ def summarise(run: Path, recipe: Recipe) -> dict[str, Any]:
         "folds": len(by["fold"]),
         "low": low,
         "high": high,
+        "auc_low": auc_low,
+        "auc_high": auc_high,
         "fold_mean": float(np.nanmean(by["fold"])),
         "fold_sd": float(np.nanstd(by["fold"], ddof=1)),
         "worst_domain": float(np.nanmin(by["domain"])),
@@ -166,7 +173,7 @@ def write_tables(folder: Path, rows: Sequence[dict[str, Any]], recipe: str) -> N
         "splits leak: slides lie on both sides of them.",
         "",
         f"| {' | '.join(head)} |",
-        "|---|---|--:|--:|---|---|--:|--:|--:|--:|--:|",
+        "|---|---|--:|--:|---|---|--:|--:|--:|---|--:|",
     ]
     for row in sorted(rows, key=lambda row: -row["balanced_accuracy"]):
         cells = (
@@ -179,8 +186,43 @@ def write_tables(folder: Path, rows: Sequence[dict[str, Any]], recipe: str) -> N
             f"{row['worst_domain']:.3f}",
             f"{row['sensitivity']:.3f}",
             f"{row['specificity']:.3f}",
-            f"{row['auc']:.4f}",
+            f"{row['auc']:.4f} [{row['auc_low']:.3f}, {row['auc_high']:.3f}]",
             f"{row['seconds'] / 60:.1f}",
         )
         lines.append(f"| {' | '.join(map(str, cells))} |")
     (folder / "sweep.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def draw(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Balanced accuracy and AUC with their intervals by rank, in one colour a split and one shape a backbone."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    shapes = dict(zip(dict.fromkeys(row["backbone"] for row in rows), "osD^vP", strict=False))
+    colours = dict(zip(KINDS, ("#0072b2", "#d55e00", "#009e73", "#cc79a7"), strict=True))
+    series = list(dict.fromkeys((row["backbone"], row["split"]) for row in rows))
+    ranks = sorted({row["rank"] for row in rows})
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "sweep", "font.size": 10}):
+        figure = Figure((9, 4.2), layout="constrained")
+        plots = figure.subplots(1, 2)
+        for number, (backbone, split) in enumerate(series):
+            aside = 0.6 * ((number + 0.5) / len(series) - 0.5)  # so that intervals do not cover each other
+            some = sorted(
+                (r for r in rows if (r["backbone"], r["split"]) == (backbone, split)), key=lambda r: r["rank"]
+            )
+            x = [ranks.index(row["rank"]) + aside for row in some]
+            for plot, value, low, high in zip(
+                plots, ("balanced_accuracy", "auc"), ("low", "auc_low"), ("high", "auc_high"), strict=True
+            ):
+                y = np.array([row[value] for row in some])
+                reach = np.abs([y - [row[low] for row in some], [row[high] for row in some] - y])
+                style = dict(
+                    color=colours[split], fmt=shapes.get(backbone, "*"), markersize=5, capsize=2, linewidth=1.2
+                )
+                plot.errorbar(x, y, reach, label=f"{backbone}, {split}", **style)
+        for plot, name in zip(plots, ("balanced accuracy", "AUC"), strict=True):
+            plot.set(xlabel="rank", ylabel=name, xticks=range(len(ranks)), xticklabels=ranks)
+            plot.grid(axis="y", color="#dddddd", linewidth=0.6)
+            plot.spines[["top", "right"]].set_visible(False)
+        figure.legend(*plots[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+        figure.savefig(file, metadata={"Date": None})

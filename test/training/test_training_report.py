@@ -129,6 +129,8 @@ def test_a_sweep_fits_each_combination_once_and_writes_one_table(tmp_path, capsy
     assert int(rows[1]["trainable"]) - 1281 == 2 * (int(rows[0]["trainable"]) - 1281)
     assert all(0 <= float(row["balanced_accuracy"]) <= 1 and float(row["seconds"]) > 0 for row in rows)
     text = (sweep / "sweep.md").read_text()
+    picture = (sweep / "sweep.svg").read_text()
+    assert "efficientnet-lite0, grouped" in picture and ">rank<" in picture
     assert text.count("| efficientnet-lite0 | grouped |") == 2
     assert np.isfinite([float(row["auc"]) for row in rows]).all()
     assert main([*arguments, "--backbone", "virchow"]) == 1
