@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from inference.averaging import average
-from inference.checksums import check_ensemble
+from inference.checksums import check_ensemble, sha256
 from inference.ensemble import Ensemble
 from inference.errors import UserError
 from inference.files import read_json, replacing
@@ -157,6 +157,11 @@ def read_run(run: Path, table: Table, bases: Path) -> Candidate:
     settings = dataclasses.asdict(recipe)
     oof = read_out_of_fold(run)
     check_same(run, table, data["sha256"], oof.folds, settings)
+    if len(oof.logits) < TTA_VIEWS["d4"]:
+        raise UserError(
+            f"{run} has out-of-fold logits of {len(oof.logits)} views; expected {TTA_VIEWS['d4']}, to choose from; "
+            "export it and give the ensemble, or fit it again with --set tta=d4 --run NEW"
+        )
     base = find_base(recipe, bases / f"{recipe.backbone}.safetensors")
     print(f"{run}: {recipe.backbone}, {len(oof.labels):,} out-of-fold logits", flush=True)
     entry, folds = describe_member(recipe, base), tuple(fold_folders(run))
@@ -196,7 +201,7 @@ def read_ensemble(place: Path, table: Table, cache: Path) -> list[Candidate]:
 def cached_logits(manifest: Manifest, member: Member, table: Table, cache: Path) -> np.ndarray:
     """Logits (8, N) of the d4 views in fp32, each crop by the fold that did not train on it.
 
-    They are kept under the hash of everything that they depend on: weights, preprocessing, crops and folds.
+    They are kept under the hash of everything that they depend on: weights, preprocessing, folds, crops and files.
     """
     parts = [
         member.backbone,
@@ -206,6 +211,7 @@ def cached_logits(manifest: Manifest, member: Member, table: Table, cache: Path)
         list(member.files.values()),
         table.sha256,
         table.folds.tolist(),
+        [sha256(file) for file in sorted({crop.path for crop in table.crops})],
     ]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     file = cache / f"{manifest.name}-{member.name}-{key}.npy"

@@ -16,7 +16,7 @@ from inference.errors import UserError
 from inference.manifest import load_manifest
 from inference.metrics import balanced_accuracy, best_threshold, roc_auc
 from test.support.miniature import make_ensemble, random_base, random_fold
-from test.support.tables import tiny_table
+from test.support.tables import tiny_table, write_crop
 from training import combine as command
 from training.__main__ import main
 from training.candidates import Candidate, named_apart, read_candidates
@@ -242,6 +242,10 @@ def test_an_ensemble_folder_gets_its_logits_again(place: Path, tmp_path: Path) -
     assert len(list(cache.iterdir())) == 1
     alone, _ = read_candidates([folder], [place / "table.csv"], cache, place / "bases")
     assert np.array_equal(alone[0].logits, found[0].logits)
+    retaken = tiny_table(tmp_path / "retaken", CROPS, 16)  # the same table, but one crop has other pixels
+    write_crop(tmp_path / "retaken" / "crops" / "0.png", 1000, 40, 90)
+    again, _ = read_candidates([folder], [retaken], cache, place / "bases")
+    assert (again[0].logits != found[0].logits).any(0).tolist() == [True] + [False] * (CROPS - 1)
     with pytest.raises(UserError, match="add --data"):
         read_candidates([folder], [], cache, place / "bases")
     ship(out_of_fold={"auc": auc + 0.1})
@@ -266,6 +270,11 @@ def test_refuses_what_cannot_be_compared(place: Path, tmp_path: Path, capsys: py
     assert "other crops" in fails("lite", str(tmp_path / "less"))
     assert "other crops than --data" in fails("lite", more=(f"--data={table}",))
     assert "no run and no ensemble" in fails("lite", "bases")
+    one = make_run(tmp_path / "one-view", place / "table.csv", place / "bases", "efficientnet-lite0", adapters=False)
+    for file in one.glob("fold*/oof.npz"):
+        stored = np.load(file)
+        np.savez(file, index=stored["index"], logits=stored["logits"][:1])
+    assert "out-of-fold logits of 1 views; expected 8" in fails("lite", str(one))
     (tmp_path / "less" / "fold1" / "oof.npz").unlink()
     assert "fold 1 is not finished" in fails(str(tmp_path / "less"))
     (tmp_path / "out").mkdir()
