@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 MPP, NEAR = 0.25, 0.1  # um/px of the training crops (0.23 to 0.25), and the relative difference that is allowed
 RESAMPLED = 0.05, 5.0  # um/px that can be resampled to MPP
+FIELDS = {"mpp", "resample", "images"}
 BYTES, IMAGES, SIDE = 64 << 20, 4096, 2048  # of a request, and of an image's longer side
 
 
@@ -49,13 +50,19 @@ def parse(content_type: str, body: bytes) -> Request:
         raise UserError(f"Content-Type is {kind!r:.60}; expected application/json or multipart/form-data")
     if not 1 <= len(images) <= IMAGES:
         raise UserError(f"the request has {len(images):,} images; expected 1 to {IMAGES:,}; split it")
+    unknown = sorted(fields.keys() - FIELDS)
+    if unknown:
+        raise UserError(f"the request has {unknown[0]!r:.40}; expected mpp, resample and images; correct the name")
     if "mpp" not in fields:
         raise UserError("the request has no mpp; expected the crops' um/px, such as 0.25; add it")
     try:
-        mpp = float(fields["mpp"])
+        mpp = float("nan") if isinstance(fields["mpp"], bool) else float(fields["mpp"])
     except (TypeError, ValueError, OverflowError):
         mpp = float("nan")
-    resample = str(fields.get("resample", "false")).lower() in ("true", "1", "yes")
+    asked = str(fields.get("resample", "false")).lower()
+    if asked not in ("true", "false"):
+        raise UserError(f"resample is {fields['resample']!r:.40}; expected true or false")
+    resample = asked == "true"
     if not RESAMPLED[0] <= mpp <= RESAMPLED[1]:
         raise UserError(f"mpp is {fields['mpp']!r:.40}; expected {RESAMPLED[0]} to {RESAMPLED[1]} um/px")
     if abs(mpp / MPP - 1) > NEAR and not resample:
@@ -75,7 +82,7 @@ def from_json(body: bytes) -> tuple[list[bytes], dict[str, Any]]:
 
 
 def from_multipart(content_type: str, body: bytes) -> tuple[list[bytes], dict[str, Any]]:
-    """Parts with a file name are images, the others fields (RFC 7578)."""
+    """Parts called image are images, with a file name or without; the others are fields (RFC 7578)."""
     boundary = header("Content-Type", content_type).get_param("boundary")
     parts = (b"\r\n" + body).split(b"\r\n--" + str(boundary).encode("latin-1", "replace"))
     if not boundary or len(parts) < 3 or not parts[-1].startswith(b"--"):
@@ -87,11 +94,13 @@ def from_multipart(content_type: str, body: bytes) -> tuple[list[bytes], dict[st
         lines = head.decode("utf-8", "replace").splitlines()
         text = next((line.partition(":")[2] for line in lines if line.lower().startswith("content-disposition:")), "")
         disposition = header("Content-Disposition", text)
-        if disposition.get_filename() is not None:
+        name = str(disposition.get_param("name", "", "content-disposition"))
+        if name == "image":
             images.append(content)
+        elif name in fields or disposition.get_filename() is not None:
+            raise UserError(f"the request has {name!r:.40} twice or as a file; expected files called image; correct it")
         else:
-            name = disposition.get_param("name", "", "content-disposition")
-            fields[str(name)] = content[:100].decode("utf-8", "replace").strip()
+            fields[name] = content[:100].decode("utf-8", "replace").strip()
     return images, fields
 
 

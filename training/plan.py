@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from inference.errors import UserError
+from inference.manifest import TTA_VIEWS
 
 from .loop import Run, adapted_model, backward, feed_of, predict
 from .lora import freeze_statistics, trainable
@@ -54,7 +55,7 @@ def plan(run: Run, only: Sequence[int] | None = None) -> None:
     counts, total = trainable(state.plain), sum(p.numel() for p in state.plain.parameters())
     held = sum(p.numel() * p.element_size() for p in state.plain.parameters())
     held_out = len(run.crops) / len(np.unique(fold))
-    seconds = recipe.epochs * (feed.steps * a_step + held_out * a_crop) + 8 * held_out * a_crop
+    seconds = recipe.epochs * (feed.steps * a_step + held_out * a_crop) + TTA_VIEWS[recipe.tta] * held_out * a_crop
     if accelerator.device.type == "cuda":
         device = torch.cuda.get_device_name(accelerator.device)
         peak = torch.cuda.max_memory_allocated(accelerator.device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -219,11 +220,15 @@ def _table(
         rows.append(row("pooled", counted(np.ones(len(p), bool)), *pooled, "sum"))
     elif len(all_found) > 1:
         empty = "<td></td>" * 3
-        table = {name: np.array([found[name] for found in all_found]) for name in NAMES}
-        finite = {name: values[np.isfinite(values)] for name, values in table.items()}
         ends = {name: max if name in ("brier", "ece") else min for name in NAMES}
-        rows.append(row("mean of domains", empty, {k: float(v.mean()) for k, v in finite.items()}, {}, "sum"))
-        rows.append(row("worst, score by score", empty, {k: float(ends[k](v)) for k, v in finite.items()}, {}))
+        mean, worst = {}, {}
+        for name in NAMES:
+            # a domain that lacks a class has no AUC
+            values = [found[name] for found in all_found if math.isfinite(found[name])]
+            mean[name] = float(np.mean(values)) if values else math.nan
+            worst[name] = float(ends[name](values)) if values else math.nan
+        rows.append(row("mean of domains", empty, mean, {}, "sum"))
+        rows.append(row("worst, score by score", empty, worst, {}))
     head = "".join(f'<th scope="col">{name}</th>' for name in (title, "Crops", "Atypical", "Slides", *NAMES.values()))
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 

@@ -21,7 +21,7 @@ from ..exits import INCOMPLETE, INTERRUPTED
 from ..hub import local_folder
 from ..manifest import Manifest, default_ensemble, load_manifest
 from . import outputs, statistics
-from .command import check, require_openslide
+from .command import check, require
 from .journal import journal
 from .qupath import MARK
 from .run import Run, here
@@ -74,8 +74,8 @@ def check_outputs(options: argparse.Namespace, found: Collected, manifest: Manif
         for file in files:
             outputs.check_writable(file, MARK.encode(), inputs)
     begins = {
-        "csv": ",".join(outputs.header(manifest)).encode(),
-        "summary": ",".join(statistics.COLUMNS).encode(),
+        "csv": ",".join(outputs.header(manifest)).encode() + b"\n",
+        "summary": ",".join(statistics.COLUMNS).encode() + b"\n",
         "report": outputs.REPORT,
     }
     for name, start in begins.items():
@@ -98,7 +98,7 @@ def scoring(options: argparse.Namespace, manifest: Manifest) -> AbstractContextM
 def run(options: argparse.Namespace) -> int:
     """Exit code; UserError where nothing can be done."""
     check(options)
-    require_openslide()
+    require("openslide", "shapely")
     options.weights = local_folder(options.weights or default_ensemble()).resolve()
     if options.slide and options.slides:
         raise UserError("--slide and --slides; expected one of them; leave one out")
@@ -130,18 +130,21 @@ def run(options: argparse.Namespace) -> int:
 def report(running: Run, found: Collected, seconds: float) -> None:
     """Print what was found: a line per slide, and the sum."""
     for one in running.summaries:
+        if not one.figures:
+            print(f"{one.slide}: no figures{f' in {one.area:.4g} mm²' if one.area else ''}")
+            continue
         low, high = statistics.wilson(one.atypical, one.figures)
         spot = f"; hot spot of 2 mm²: {one.hottest.count:,}" if one.hottest else ""
         density = f"; {one.density(0):.4g} per mm² in {one.area:.4g} mm²" if one.area else ""
         print(
             f"{one.slide}: {one.figures:,} figures, {one.atypical:,} atypical "
-            f"({one.share or 0:.1%}, 95% interval {low:.1%} to {high:.1%}){density}{spot}"
+            f"({one.share:.1%}, 95% interval {low:.1%} to {high:.1%}){density}{spot}"
         )
     scored = sum(one.figures for one in running.summaries)
     known = f", {scored - running.new:,} of them known already" if scored > running.new else ""
     slides = f"{len(running.summaries):,} slide{'s' * (len(running.summaries) != 1)}"
     print(f"{scored:,} of {found.total:,} detections on {slides}{known}, {seconds:.1f} s")
-    coarse = [one.file.name for one in running.results if min(one.slide.level.scale) < 1]
+    coarse = [one.title for one in running.results if min(one.slide.level.scale) < 1]
     if coarse:
         print(
             f"note: slides with less detail than {running.cutting.mpp:g} µm/px: {len(coarse):,}, such as {coarse[0]}; "

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,15 +58,16 @@ def check(options: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {value:g}; expected {PLAUSIBLE[0]} to {PLAUSIBLE[1]} µm/px")
 
 
-def require_openslide() -> None:
-    """UserError where slides cannot be read at all."""
-    try:
-        import openslide  # noqa: F401
-    except (ImportError, OSError) as error:
-        raise UserError(
-            f"OpenSlide is not installed ({error}); expected what requirements/slides.txt lists; run "
-            "./build.sh --engine native --requirements requirements/slides.txt"
-        ) from None
+def require(*packages: str) -> None:
+    """UserError where a package that slides need cannot be imported."""
+    for name in packages:
+        try:
+            import_module(name)
+        except (ImportError, OSError) as error:
+            raise UserError(
+                f"{name} is not installed ({error}); expected what requirements/slides.txt lists; run "
+                "./build.sh --engine native --requirements requirements/slides.txt"
+            ) from None
 
 
 @contextmanager
@@ -181,7 +183,7 @@ class Run:
 def run(options: argparse.Namespace) -> int:
     """Exit code; UserError where nothing can be done."""
     check(options)
-    require_openslide()
+    require("openslide")
     start = time.perf_counter()
     rows, others, problems = read_detections(options.table)
     detections = list(dict.fromkeys(rows))

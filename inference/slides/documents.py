@@ -16,6 +16,7 @@ from typing import Any
 from ..errors import UserError
 from .databases import Database
 
+PACKED = (".geojson", ".json", ".csv")  # what is read of a zip file
 LARGEST = 2 << 30  # bytes of a file, unpacked: a million polygons of QuPath are about 1 GB
 
 
@@ -48,9 +49,9 @@ def documents(file: Path) -> Iterator[Any]:
 
 def zipped(file: Path) -> Iterator[Any]:
     with zipfile.ZipFile(file) as archive:
-        names = [n for n in archive.namelist() if n.lower().endswith((".geojson", ".json")) and "__MACOSX" not in n]
+        names = [n for n in archive.namelist() if n.lower().endswith(PACKED) and "__MACOSX" not in n]
         if not names:
-            raise UserError(f"{file} holds no .geojson or .json file; expected what QuPath exports; check it")
+            raise UserError(f"{file} holds no .geojson, .json or .csv file; expected what QuPath exports; check it")
         for name in names:
             with archive.open(name) as stream:
                 yield parse(bounded(stream, file), file)

@@ -124,8 +124,13 @@ def read_coco(document: Any) -> Iterator[Found]:
     }
     rows = document.get("categories") or []
     names = {row.get("id"): str(row.get("name", "")) for row in rows if isinstance(row, dict)}
-    boxes = [row.get("bbox") for row in document["annotations"] if isinstance(row, dict)]
-    corners = bool(boxes) and all(is_midog_box(one) for one in boxes)
+    boxes = [is_midog_box(row.get("bbox")) for row in document["annotations"] if isinstance(row, dict)]
+    corners = bool(boxes) and all(boxes)
+    if not corners and 2 * sum(boxes) >= len(boxes) > 1:
+        raise UserError(
+            f"{sum(boxes):,} of {len(boxes):,} boxes have corners 50 pixels apart, as all in MIDOG.json have; expected "
+            "all (two corners) or few (x, y, width, height); correct the others"
+        )
 
     def read(where: str, row: Any) -> Found:
         left, top, third, fourth = (number("bbox", value) for value in row["bbox"])

@@ -35,6 +35,10 @@ class Journal:
             self.stream.close()
             raise
         self.stream.seek(0)
+        if self.stream.read(2) not in (b"", b"[", b"[["):
+            self.stream.close()
+            raise UserError(f"{file} holds something else; expected the answers of an earlier run; move it away")
+        self.stream.seek(0)
         end = 0
         for line in self.stream:
             try:

@@ -17,10 +17,10 @@ from ..labels import class_of as called
 from ..manifest import Manifest
 from . import statistics
 from .found import Feature, class_of
-from .geometry import area, inside
+from .geometry import outline
 from .qupath import collection, moved, with_answer
 from .statistics import Summary, hot_spot
-from .targets import Complain, Target
+from .targets import Complain, Region, Target
 from .work import Scored, scale
 
 GEOJSON = (".geojson", ".json")
@@ -37,7 +37,7 @@ def check_writable(file: Path, begins: bytes, inputs: Iterable[Path]) -> None:
             raise UserError(f"{file} cannot be written; expected a file in a folder that exists; name another")
         if file.exists():
             with file.open("rb") as stream:
-                start = stream.read(1024)
+                start = stream.read(max(1024, len(begins)))
             if start and (begins not in start if begins is REPORT else not start.startswith(begins)):
                 raise UserError(
                     f"{file} holds something else; expected a new file, or one of this command; name another"
@@ -62,7 +62,7 @@ def for_qupath(target: Target, answer: Answer, scored: Scored, origin: str | Non
     """The object with its answer; a geometry made here gets coordinates from the scanned area, as in QuPath."""
     feature = target.feature
     if not target.theirs:
-        factor = scale(target, scored.slide)
+        factor = scale(target.magnification, scored.slide)
         offset = (0.0, 0.0) if origin == "scan" else scored.slide.scanned_from()
         if factor != 1 or offset != (0, 0):
             move = lambda x, y: (x * factor - offset[0], y * factor - offset[1])  # noqa: E731
@@ -106,26 +106,32 @@ def write_csv(file: Path, results: Sequence[Scored], manifest: Manifest) -> None
         writer.writerow(header(manifest))
         for one in results:
             for target, place, answer in zip(one.targets, one.places, one.answers, strict=True):
-                writer.writerow(object_row(target, place, answer, one.file.name, manifest))
+                writer.writerow(object_row(target, place, answer, one.title, manifest))
 
 
 def summarise(
-    scored: Scored, failed: int, regions: Sequence[Feature], origin: str | None, manifest: Manifest, complain: Complain
+    scored: Scored, failed: int, regions: Sequence[Region], origin: str | None, manifest: Manifest, complain: Complain
 ) -> Summary:
-    """One slide's counts. regions: outlines whose area counts, with the same file and origin as the objects."""
+    """One slide's counts. regions: outlines whose area counts, with the same origin as the objects."""
+    import shapely
+    from shapely.affinity import affine_transform
+
     x, y = np.array(scored.places).reshape(-1, 2).T
     atypical = np.array([one.p_atypical >= manifest.threshold for one in scored.answers], bool)
     mpp = scored.slide.level.mpp
-    square_mm, counts = 0.0, np.zeros(len(x), bool)
     offset = scored.slide.scanned_from() if origin == "scan" else (0.0, 0.0)
-    for feature in regions:
+    outlines = []
+    for one in regions:
         try:
-            square_mm += area(feature.get("geometry") or {}) * mpp[0] * mpp[1] / 1e6
-            counts |= inside(feature["geometry"], x - offset[0], y - offset[1])
+            factor = scale(one.magnification, scored.slide)
+            matrix = [factor, 0, 0, factor, *offset]
+            outlines.append(affine_transform(outline(one.geometry, figure=False), matrix))
         except UserError as error:
-            complain(f"{scored.file.name}, region {feature.get('id', '')}", str(error), False)
+            complain(f"{scored.title}, region {one.where}", str(error), False)
+    region = shapely.union_all(outlines)  # what lies in several outlines counts once
+    square_mm, counts = region.area * mpp[0] * mpp[1] / 1e6, shapely.intersects_xy(region, x, y)
     return Summary(
-        slide=scored.file.name,
+        slide=scored.title,
         figures=len(x),
         atypical=int(atypical.sum()),
         failed=failed,

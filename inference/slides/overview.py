@@ -63,9 +63,9 @@ def figure(one: Scored, summary: Summary, first: int, threshold: float) -> str:
     hidden = len(one.places) - len(marks)
     more = f", {hidden:,} more figures are not drawn" if hidden else ""
     return (
-        f'<figure><svg viewBox="0 0 {width} {height}" role="group" aria-label="{escape(one.file.name)}">'
+        f'<figure><svg viewBox="0 0 {width} {height}" role="group" aria-label="{escape(one.title)}">'
         f'<rect class="glass" width="{width}" height="{height}"/>{picture(one, width, height)}{boxes}{"".join(marks)}'
-        f"</svg><figcaption>{escape(one.file.name)}{more}</figcaption></figure>\n"
+        f"</svg><figcaption>{escape(one.title)}{more}</figcaption></figure>\n"
     )
 
 

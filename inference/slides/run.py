@@ -86,13 +86,14 @@ class Run:
         rest = [target.name for target in targets if target.name not in self.failed]
         self.failed.update(rest)
         self.incomplete = True
-        self.say(f"{file} ({len(rest):,} detection{'s' * (len(rest) > 1)}): {error}")
+        self.say(f"{file} ({len(rest):,} detection{'s' * (len(rest) != 1)}): {error}")
 
     def opened(self, found: Collected, about: Sequence[str], journal: Journal) -> Iterator[Work]:
         """One slide after another, each opened when it is asked for."""
+        titles = found.titles()
         for file, targets in found.slides.items():
             try:
-                work = Work(file, targets, self.cutting, about, journal, self.complain, self.pictures)
+                work = Work(file, titles[file], targets, self.cutting, about, journal, self.complain, self.pictures)
             except UserError as error:
                 self.lose(file, targets, error)
                 continue
@@ -116,15 +117,15 @@ class Run:
                 self.progress.show(done, done, self.new)
             self.progress.clear()
         self.stream = sys.stderr
-        self.results = [scored for work in self.works if not work.lost and (scored := work.scored()).targets]
+        self.results = [work.scored() for work in self.works if not work.lost]
 
     def write(self, found: Collected, options: argparse.Namespace) -> None:
         """Write all results that were asked for. OSError where one cannot be written."""
         manifest, results, origin = self.manifest, self.results, self.cutting.origin
-        if not results:
+        if not any(one.targets for one in results):
             raise UserError(f"none of {found.total:,} detections could be scored; each is named above")
         for one in results:
-            failed = sum(target.name in self.failed for target in found.slides[one.file])
+            failed = found.refused[one.file] + sum(t.name in self.failed for t in found.slides[one.file])
             regions = found.regions.get(one.file, [])
             self.summaries.append(outputs.summarise(one, failed, regions, origin, manifest, self.complain))
         if options.output:

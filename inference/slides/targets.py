@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
+from typing import Any
 
 from ..errors import UserError
-from .formats import read_file
+from .formats import Format, read_file
 from .found import Feature, Found, class_of
 from .geometry import centre
 
@@ -40,14 +41,30 @@ class Target:
         return str(self.feature.get("id", ""))
 
 
+@dataclass(frozen=True)
+class Region:
+    """An outline of an area; magnification: as in Found."""
+
+    where: str
+    geometry: dict[str, Any]
+    magnification: float | None
+
+
 @dataclass
 class Collected:
-    """What the files hold. slides: the objects by slide, in their order; regions: outlines of an area, by slide."""
+    """What the files hold. slides: the objects by slide, in their order, and slides without any; regions: outlines of
+    an area, by slide; refused: objects by slide that have no usable place."""
 
     slides: dict[Path, list[Target]] = field(default_factory=dict)
-    regions: dict[Path, list[Feature]] = field(default_factory=dict)
+    regions: dict[Path, list[Region]] = field(default_factory=dict)
+    refused: Counter[Path] = field(default_factory=Counter)
     total: int = 0  # objects of the chosen classes, including those that cannot be scored
     classes: Counter[str] = field(default_factory=Counter)
+
+    def titles(self) -> dict[Path, str]:
+        """What results call each slide: its file name, or its path where two slides have that name."""
+        names = Counter(file.name for file in self.slides)
+        return {file: file.name if names[file.name] == 1 else str(file) for file in self.slides}
 
 
 def collect(
@@ -60,82 +77,142 @@ def collect(
 ) -> Collected:
     """Read all files. classes: only objects of these (empty: of any); region: the class of outlines of an area.
 
-    UserError where a file cannot be read at all, or nothing is left; each invalid object is passed to `complain`.
+    UserError where a file cannot be read at all, a class is in none of them, or a slide may be two; each invalid
+    object is passed to `complain`.
     """
-    found = Collected()
-    wanted = {name.casefold() for name in classes}
+    collector = Collector(Slides(slide, folder), {name.casefold() for name in classes}, region, complain)
     for file in files:
-        ids: set[str] = set()
-        for form, objects in read_file(file):
-            for one in objects:
-                take(found, file, one, form.name.startswith("QuPath"), ids, slide, folder, wanted, region, complain)
+        collector.read(file)
+    collector.slides.check()
+    found = collector.found
+    kinds = ", ".join(f"{name or 'no class'} ({count:,})" for name, count in found.classes.most_common(10)) or "none"
+    there = {name.casefold() for name in found.classes}
+    for name in (*classes, *([] if region is None else [region])):
+        if name.casefold() not in there:
+            raise UserError(
+                f"no object of class {name} in {', '.join(map(str, files)):.300}; expected some, found {kinds}; "
+                "correct the name, or leave it out"
+            )
     if not found.total:
-        kinds = ", ".join(f"{name or 'no class'} ({count:,})" for name, count in found.classes.most_common(10))
-        asked = f" of class {' or '.join(classes)}" if classes else ""
-        raise UserError(
-            f"no detections{asked} in {', '.join(map(str, files))}; expected some, found {kinds or 'none'}; check them"
-        )
+        raise UserError(f"no detections in {', '.join(map(str, files))}; expected some, found {kinds}; check them")
     return found
 
 
-def take(
-    found: Collected,
-    file: Path,
-    one: Found,
-    theirs: bool,
-    ids: set[str],
-    slide: Path | None,
-    folder: Path | None,
-    wanted: set[str],
-    region: str | None,
-    complain: Complain,
-) -> None:
-    """Add one object to its slide or region, or complain about it."""
-    kind = "" if isinstance(one.feature, UserError) else class_of(one.feature)
-    found.classes[kind] += 1
-    if not isinstance(one.feature, UserError):
-        if region is not None and kind.casefold() == region.casefold():
+@dataclass
+class Collector:
+    """Sorts objects by slide. wanted: the chosen classes in lower case, empty for all."""
+
+    slides: Slides
+    wanted: set[str]
+    region: str | None
+    complain: Complain
+    found: Collected = field(default_factory=Collected)
+    ids: dict[tuple[Path, Path], set[str]] = field(default_factory=dict)  # of each file, on each slide
+
+    def read(self, file: Path) -> None:
+        """All objects of a file; a slide counts even if none of its objects has a chosen class."""
+        before, by_name = self.found.total, False
+        for number, (form, objects) in enumerate(read_file(file), 1):
+            for one in objects:
+                by_name |= bool(one.slide)
+                self.take(file, one if number == 1 else replace(one, where=f"document {number}, {one.where}"), form)
+        if not by_name and self.found.total == before:
             try:
-                regions = found.regions.setdefault(slide_of(file, one.slide, slide, folder), [])
+                self.found.slides.setdefault(self.slides.of(file, ""), [])
             except UserError as error:
-                complain(f"{file}, {one.where}", str(error), False)
-                return
-            if one.feature.get("geometry") not in [known.get("geometry") for known in regions]:  # as in two exports
-                regions.append(one.feature)
+                self.complain(str(file), str(error), False)
+
+    def take(self, file: Path, one: Found, form: Format) -> None:
+        """Add one object to its slide or region, or complain about it."""
+        found, name = self.found, f"{file}, {one.where}"
+        kind = "" if isinstance(one.feature, UserError) else class_of(one.feature)
+        found.classes[kind] += 1
+        valid = not isinstance(one.feature, UserError)
+        outline = valid and self.region is not None and kind.casefold() == self.region.casefold()
+        chosen = not outline and (not valid or not self.wanted or kind.casefold() in self.wanted)
+        found.total += chosen
+        try:
+            where = self.slides.of(file, one.slide)
+        except UserError as error:
+            if chosen or outline:
+                self.complain(name, str(one.feature if isinstance(one.feature, UserError) else error), chosen)
             return
-        if wanted and kind.casefold() not in wanted:
+        found.slides.setdefault(where, [])
+        if outline and isinstance(one.feature, dict):
+            geometry = one.feature.get("geometry") or {}
+            found.regions.setdefault(where, []).append(Region(one.where, geometry, one.magnification))
+        if not chosen:
             return
-    found.total += 1
-    try:
-        if isinstance(one.feature, UserError):
-            raise one.feature
-        x, y = one.centre or centre(one.feature.get("geometry"))
-        identity = str(one.feature.get("id", ""))
-        if identity and identity in ids:
-            raise UserError(f"its id {identity:.60} is that of another object; expected each once")
-        ids.add(identity)
-        where = slide_of(file, one.slide, slide, folder)
-    except UserError as error:
-        complain(f"{file}, {one.where}", str(error))
-        return
-    target = Target(file, one.where, one.feature, x, y, one.magnification, theirs)
-    found.slides.setdefault(where, []).append(target)
+        try:
+            if isinstance(one.feature, UserError):
+                raise one.feature
+            x, y = one.centre or centre(one.feature.get("geometry"))
+            identity, ids = str(one.feature.get("id", "")), self.ids.setdefault((file, where), set())
+            if identity and identity in ids:
+                raise UserError(f"its id {identity:.60} is that of another object; expected each once")
+            ids.add(identity)
+        except UserError as error:
+            found.refused[where] += 1
+            self.complain(name, str(error))
+            return
+        theirs = form.name.startswith("QuPath")
+        found.slides[where].append(Target(file, one.where, one.feature, x, y, one.magnification, theirs))
 
 
-def slide_of(file: Path, named: str, slide: Path | None, folder: Path | None) -> Path:
-    """The slide of an object: --slide, or what its file names, or the slide with the same name as its file."""
-    if slide is not None:
-        if named and PurePath(named).name != slide.name:
-            raise UserError(f"it lies on {PurePath(named).name:.80}; expected {slide.name}; give --slides FOLDER")
-        return slide
-    place = folder or file.parent
-    if named:
-        whole = place / named
-        return whole if whole.exists() else place / PurePath(named.replace("\\", "/")).name
-    stem = file.name
-    while PurePath(stem).suffix.lower() in NOT_SLIDES:
-        stem = PurePath(stem).stem
-    return only_one(place, stem)
+class Slides:
+    """Which slide an object lies on. A slide has one path here, the first by which it was found."""
+
+    def __init__(self, slide: Path | None, folder: Path | None) -> None:
+        """slide: that of all objects; folder: where slides lie, if not beside the files."""
+        self.slide, self.folder = slide, folder
+        self.known: dict[tuple[Path, str], Path | UserError] = {}
+        self.paths: dict[Path, Path] = {}
+        self.names: dict[Path, set[PurePath]] = {}  # how files name a slide that was found by its last part alone
+
+    def of(self, file: Path, named: str) -> Path:
+        """The slide that `file` calls `named`, or "" for none. UserError where there is none."""
+        key = file, named
+        if key not in self.known:
+            try:
+                self.known[key] = self.find(file, named)
+            except UserError as error:
+                self.known[key] = error
+        found = self.known[key]
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+    def find(self, file: Path, named: str) -> Path:
+        """--slide, or what the file names, or the slide with the same name as the file."""
+        place, name = self.folder or file.parent, PurePath(named.replace("\\", "/"))
+        if self.slide is not None:
+            if named and name.name != self.slide.name:
+                raise UserError(f"it lies on {name.name:.80}; expected {self.slide.name}; give --slides FOLDER")
+            found = self.slide
+        elif not named:
+            stem = file.name
+            while PurePath(stem).suffix.lower() in NOT_SLIDES:
+                stem = PurePath(stem).stem
+            found = only_one(place, stem)
+        elif (place / named).exists():
+            return self.paths.setdefault((place / named).resolve(), place / named)
+        else:
+            found = place / name.name
+        path = self.paths.setdefault(found.resolve(), found)
+        if named:
+            self.names.setdefault(path, set()).add(name)
+        return path
+
+    def check(self) -> None:
+        """UserError where files in different folders were taken for one slide, because only their names agree."""
+        for path, names in self.names.items():
+            longest = max(names, key=lambda name: (len(name.parts), str(name)))
+            for name in sorted(names):
+                if longest.parts[-len(name.parts) :] != name.parts:
+                    raise UserError(
+                        f"{name} and {longest} would both be {path}; expected a slide for each; keep their folders "
+                        "below --slides FOLDER, or run them one by one"
+                    )
 
 
 def only_one(place: Path, stem: str) -> Path:

@@ -18,9 +18,10 @@ from .targets import Complain, Target
 
 @dataclass
 class Scored:
-    """One slide's results, one per object, in the order of its files."""
+    """One slide's results, one per object, in the order of its files. title: what results call the slide."""
 
     file: Path
+    title: str
     slide: Slide
     targets: list[Target] = field(default_factory=list)
     places: list[tuple[float, float]] = field(default_factory=list)  # level-0 pixels
@@ -30,25 +31,25 @@ class Scored:
 
 def to_level_0(target: Target, slide: Slide, origin: str | None) -> tuple[float, float]:
     """An object's centre as OpenSlide counts, to a hundredth of a pixel."""
-    factor = scale(target, slide)
+    factor = scale(target.magnification, slide)
     offset = slide.scanned_from() if origin == "scan" else (0.0, 0.0)
     return round(target.x * factor + offset[0], 2) + 0.0, round(target.y * factor + offset[1], 2) + 0.0
 
 
-def scale(target: Target, slide: Slide) -> float:
-    """Level-0 pixels per pixel of the file's coordinates."""
-    if target.magnification is None:
+def scale(magnification: float | None, slide: Slide) -> float:
+    """Level-0 pixels per pixel of coordinates at a magnification; None: they count level 0's."""
+    if magnification is None:
         return 1.0
     try:
         power = float(slide.slide.properties["openslide.objective-power"])
     except (KeyError, ValueError):
         power = 0.0
-    if not (power > 0 and target.magnification > 0):
+    if not (power > 0 and magnification > 0):
         raise UserError(
-            f"its file counts pixels at {target.magnification:g}x, and the slide states no magnification; "
+            f"its file counts pixels at {magnification:g}x, and the slide states no magnification; "
             "expected one; give the coordinates in level-0 pixels"
         )
-    return power / target.magnification
+    return power / magnification
 
 
 def check_origin(slide: Slide, origin: str | None) -> None:
@@ -101,6 +102,7 @@ class Work:
     def __init__(
         self,
         file: Path,
+        title: str,
         targets: Sequence[Target],
         cutting: Cutting,
         about: Sequence[str],
@@ -108,7 +110,7 @@ class Work:
         complain: Complain,
         pictures: bool,
     ) -> None:
-        self.file, self.targets, self.cutting = file, targets, cutting
+        self.file, self.title, self.targets, self.cutting = file, title, targets, cutting
         self.journal, self.complain, self.pictures = journal, complain, pictures
         self.slide = Slide(file, cutting.mpp, cutting.slide_mpp)
         check_origin(self.slide, cutting.origin)
@@ -156,7 +158,7 @@ class Work:
 
     def scored(self) -> Scored:
         """The answers, in the order of the files."""
-        result, name = Scored(self.file, self.slide), self.file.name
+        result, name = Scored(self.file, self.title, self.slide), self.title
         for n in sorted(self.answered, key=lambda n: self.found[n][0]):
             target, place = self.found[n]
             result.targets.append(self.targets[target])

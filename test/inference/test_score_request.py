@@ -110,6 +110,18 @@ def test_an_image_that_cannot_be_read_has_its_reason_in_its_place(port) -> None:
     assert all("expected" in answer["error"] for answer in content["answers"][1:])
 
 
+def test_parts_are_images_by_their_name(port) -> None:
+    kind, body = multipart([png(CROPS[0]), png(CROPS[1])], mpp=0.25)
+    status, content = ask(port, "POST", "/score", kind, body.replace(b'; filename="1.png"', b""))
+    assert status == 200 and len(content["answers"]) == 2 and not content["failed"]
+    for wrong in (
+        body.replace(b'name="image"; filename="1', b'name="mask"; filename="1'),
+        body.replace(b"0.25", b'0.25\r\n----limit\r\nContent-Disposition: form-data; name="mpp"\r\n\r\n2'),
+    ):
+        status, content = ask(port, "POST", "/score", kind, wrong)
+        assert status == 400 and "twice or as a file" in content["error"]
+
+
 def test_another_scale_is_refused_or_resampled(port, ensemble) -> None:
     large = np.asarray(Image.fromarray(CROPS[0]).resize((192, 192), Image.Resampling.BICUBIC))
     status, content = ask(port, "POST", "/score", *multipart([png(large)], mpp=0.125))
@@ -141,6 +153,9 @@ def test_who_answers_is_said_and_described(port, ensemble) -> None:
         ("application/json", b'{"images": ["aaaa"]}', "has no mpp"),
         ("application/json", b'{"images": ["aaaa"], "mpp": NaN}', "mpp is nan"),
         ("application/json", b'{"images": ["aaaa"], "mpp": {}}', "mpp is {}"),
+        ("application/json", b'{"images": ["aaaa"], "mpp": true}', "mpp is True"),
+        ("application/json", b'{"images": ["aaaa"], "mpp": 0.25, "resmaple": true}', "the request has 'resmaple'"),
+        ("application/json", b'{"images": ["aaaa"], "mpp": 0.5, "resample": "maybe"}', "resample is 'maybe'"),
         ("multipart/form-data", b"x", "multipart body cannot be read"),
         ("multipart/form-data; boundary=a", b"--a\r\n\r\nx", "multipart body cannot be read"),
         ("multipart/form-data; boundary=a", b"--a\r\n\r\nx\r\n--a--", "has 0 images"),

@@ -301,6 +301,12 @@ def test_hovernets_magnification_is_the_slides(slide, miniature, tmp_path, monke
     assert [(float(row["x"]), float(row["y"])) for row in rows_of(tmp_path / "out.csv")] == PLACES
     corners = np.array(features_of(tmp_path / "o.geojson")[0]["geometry"]["coordinates"][0])
     assert corners.min(0).tolist() == [680, 281]  # level-0 pixels, as QuPath draws
+    cells = json.loads(detections.read_text())
+    square = [[200, 200], [400, 200], [400, 400], [200, 400]]  # at 20x: 200 pixels of 0.5 um
+    cells["nuc"]["9"] = files.cell(300, 300) | {"contour": square, "type": 5}
+    options = ["--slide", slide, "--class", "1", "--region", "5", "--summary", tmp_path / "s.csv"]
+    assert run(miniature, files.write_json(tmp_path / "r.json", cells), *options) == 0
+    assert rows_of(tmp_path / "s.csv")[0]["area_mm2"] == "0.01"
 
 
 def test_a_coarser_slide_is_said_to_be(drawn, miniature, tmp_path, capsys) -> None:

@@ -28,7 +28,7 @@ REFUSED = re.compile(r"\b(?<!L)A?GPL|GNU (?!Lesser).*General Public|non-?commerc
 
 def locked(lock: Path) -> dict[str, str]:
     """Name to version of a requirements file; every line of it must pin one version with hashes."""
-    pins = re.findall(r"^([A-Za-z0-9._-]+)==(\S+) \\\n    --hash=sha256:", lock.read_text(), re.MULTILINE)
+    pins = re.findall(r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])?==(\S+) \\\n    --hash=sha256:", lock.read_text(), re.MULTILINE)
     lines = [line for line in lock.read_text().splitlines() if line and not line.startswith((" ", "#"))]
     if len(pins) != len(lines):
         raise ValueError(f"{lock.name} holds {len(lines)} requirements, {len(pins)} of them pinned and hashed")
