@@ -18,7 +18,7 @@ from inference.errors import UserError
 from inference.slides.geometry import centre, outline
 from test.support import detection_files as files
 from test.support.commands import inference
-from test.support.pyramids import FIGURES
+from test.support.pyramids import FIGURES, write_slide
 
 PLACES = list(FIGURES)
 
@@ -150,6 +150,17 @@ def test_a_table_in_a_zip_file_is_read_too(slide, miniature, tmp_path) -> None:
         packed.writestr("2.csv", f"x,y\n{PLACES[1][0]},{PLACES[1][1]}\n")
     assert run(miniature, tmp_path / "a.zip", "--slide", slide, "--csv", tmp_path / "out.csv") == 0
     assert len(rows_of(tmp_path / "out.csv")) == 2
+
+
+def test_a_finer_slide_shows_the_same_field_of_view(drawn, slide, miniature, tmp_path) -> None:
+    """At 0.125 um/px every pixel of the other slide is four: nearly the same crops, so nearly the same answers."""
+    fine = write_slide(tmp_path / "fine.tif", [drawn.repeat(2, 0).repeat(2, 1)], 0.125)
+    found = {}
+    for file, scale in ((slide, 1), (fine, 2)):
+        detections = files.qupath(tmp_path / f"{scale}.geojson", [(scale * x, scale * y) for x, y in PLACES])
+        assert run(miniature, detections, "--slide", file, "--csv", tmp_path / "out.csv") == 0
+        found[scale] = np.array([float(row["p_atypical"]) for row in rows_of(tmp_path / "out.csv")])
+    assert np.abs(found[2] - found[1]).max() < 0.1 * np.ptp(found[1])
 
 
 @pytest.mark.parametrize(
