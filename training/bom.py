@@ -53,7 +53,9 @@ def normal(name: str) -> str:
 
 def locked(lock: Path = LOCK) -> dict[str, tuple[str, list[str]]]:
     """Name to version and SHA-256 sums of a requirements file."""
-    entries = re.findall(r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])?==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)", lock.read_text(), re.M)
+    entries = re.findall(
+        r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])?==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)", lock.read_text(), re.M
+    )
     return {normal(name): (version, re.findall(r"[0-9a-f]{64}", hashes)) for name, version, hashes in entries}
 
 

@@ -1,7 +1,7 @@
 """Fit ranks x splits x backbones; write a table and a figure of their out-of-fold scores, as arXiv 2509.16935 has them.
 
 Each combination is a run folder like any other, so a sweep that was stopped resumes where it was, and `report` or
-`export` take any of its runs. Table and figure are written again after each.
+`export` take any of its runs. Table and figure are written again after each, with all finished runs of the folder.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import argparse
 import csv
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from inference.metrics import balanced_accuracy
 from .calibrate import METRICS, calibrate, leave_one_fold_out, read_out_of_fold
 from .data import load_data
 from .feed import load_crops
-from .fit import add_inputs, find_base, fit, make_accelerator, settle_precision
+from .fit import add_inputs, find_base, fit, make_accelerator, read_recipe, settle_precision
 from .loop import Run
 from .processes import say
 from .recipe import Recipe, load_recipe
@@ -33,6 +33,8 @@ from .splits import KINDS
 
 COLUMNS = (
     "backbone",
+    "size",
+    "epochs",
     "split",
     "rank",
     "trainable",
@@ -70,8 +72,9 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(
             f"{options.bases} holds no base weights; expected one or more; run 'python -m training base NAME'"
         )
+    given = {change.partition("=")[0] for change in options.set}
     recipes = {
-        f"{name}-{kind}-r{rank}": variant(shared, name, kind, rank)
+        f"{name}-{kind}-r{rank}": variant(shared, name, kind, rank, given)
         for name, kind, rank in itertools.product(names, options.split, options.rank)
     }
     bases = {
@@ -80,28 +83,40 @@ def run(options: argparse.Namespace) -> None:
     accelerator = make_accelerator(shared)
     crops = load_data(options.data, lambda line: say(accelerator, line))
     images = load_crops(crops)
-    rows: list[dict[str, Any]] = []
+    rows = [] if not accelerator.is_main_process else finished(options.run, recipes)
     for number, (name, recipe) in enumerate(recipes.items(), 1):
         say(accelerator, f"{number} of {len(recipes)}: {name}")
         fit(Run(recipe, options.run / name, crops, images, bases[recipe.backbone], accelerator))
         if accelerator.is_main_process:
             rows.append(summarise(options.run / name, recipe))
-            write_tables(options.run, rows, options.recipe)
+            write_tables(options.run, rows)
             draw(options.run / "sweep.svg", rows)
     say(accelerator, f"{options.run / 'sweep.md'}, sweep.csv and sweep.svg: {len(recipes)} runs")
 
 
-def variant(shared: Recipe, backbone: str, split: str, rank: int) -> Recipe:
+def finished(folder: Path, apart_from: Collection[str]) -> list[dict[str, Any]]:
+    """Rows of the finished runs in `folder`, of earlier sweeps with other settings."""
+    rows = []
+    for run in sorted(folder.glob("*/recipe.json")):
+        if run.parent.name not in apart_from:
+            try:
+                rows.append(summarise(run.parent, read_recipe(run.parent)))
+            except UserError as error:
+                print(f"not in the table: {error}", flush=True)
+    return rows
+
+
+def variant(shared: Recipe, backbone: str, split: str, rank: int, given: Collection[str] = ()) -> Recipe:
     """The shared recipe with another backbone, split and rank; alpha / rank stays, and so does the size of a step.
 
     A backbone of another family takes its own input side and pooling, and its first target set where the recipe's does
-    not exist for it.
+    not exist for it; but what the command line has `given` stays.
     """
     row = lookup(backbone)
     changes: dict[str, Any] = dict(backbone=backbone, split=split, rank=rank, alpha=shared.alpha * rank / shared.rank)
     if row.family != lookup(shared.backbone).family:
-        changes |= dict(size=row.size, pool="")
-    if shared.targets not in row.targets:
+        changes |= {name: value for name, value in dict(size=row.size, pool="").items() if name not in given}
+    if shared.targets not in row.targets and "targets" not in given:
         changes["targets"] = next(iter(row.targets))
     return dataclasses.replace(shared, **changes)
 
@@ -123,6 +138,8 @@ def summarise(run: Path, recipe: Recipe) -> dict[str, Any]:
     auc_low, auc_high = found["auc_interval"] or unknown
     return {
         "backbone": recipe.backbone,
+        "size": recipe.size,
+        "epochs": recipe.epochs,
         "split": recipe.split,
         "rank": recipe.rank,
         "trainable": trainable,
@@ -148,7 +165,7 @@ def training_seconds(run: Path) -> float:
     return total
 
 
-def write_tables(folder: Path, rows: Sequence[dict[str, Any]], recipe: str) -> None:
+def write_tables(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     """sweep.csv with every column, and sweep.md to read, best first."""
     with (folder / "sweep.csv").open("w", newline="") as out:
         writer = csv.DictWriter(out, COLUMNS)
@@ -156,6 +173,7 @@ def write_tables(folder: Path, rows: Sequence[dict[str, Any]], recipe: str) -> N
         writer.writerows(rows)
     head = (
         "backbone",
+        "px",
         "split",
         "rank",
         "trainable",
@@ -168,16 +186,16 @@ def write_tables(folder: Path, rows: Sequence[dict[str, Any]], recipe: str) -> N
         "minutes",
     )
     lines = [
-        f"Out-of-fold metrics, recipe `{Path(recipe).stem}`, alpha / rank constant; each fold's threshold is chosen on",
-        "the others. In brackets: 95% interval from resampled slides; folds: mean and standard deviation. Random",
-        "splits leak: slides lie on both sides of them.",
+        "Out-of-fold metrics; each fold's threshold is chosen on the others. In brackets: 95% interval from resampled",
+        "slides; folds: mean and standard deviation. Random splits leak: slides lie on both sides of them.",
         "",
         f"| {' | '.join(head)} |",
-        "|---|---|--:|--:|---|---|--:|--:|--:|---|--:|",
+        "|---|--:|---|--:|--:|---|---|--:|--:|--:|---|--:|",
     ]
     for row in sorted(rows, key=lambda row: -row["balanced_accuracy"]):
         cells = (
             row["backbone"],
+            row["size"],
             row["split"],
             row["rank"],
             f"{row['trainable']:,}",

@@ -26,6 +26,7 @@ from inference.manifest import load_manifest
 from inference.serve import Handler
 from inference.slides.command import SETTINGS, claimed, keep_settings
 from inference.slides.detections import read_detections
+from inference.slides.geometry import outline
 from inference.slides.qupath import collection, with_answer
 from inference.slides.targets import collect
 from test.fuzz.jobs import small_stack, workplace
@@ -77,11 +78,16 @@ def objects(content: bytes) -> None:
     about = load_manifest(workplace() / "ensemble")
 
     def read() -> None:
-        found = collect([file], Path("slide.svs"), None, (), "region", lambda name, reason: None)
+        found = collect([file], Path("slide.svs"), None, (), None, lambda name, reason, scored=True: None)
         targets = [target for some in found.slides.values() for target in some]
         assert all(abs(target.x) < 1e9 and abs(target.y) < 1e9 for target in targets)
         answered = [with_answer(target.feature, Answer("a", 0, 0.5, (0.5,)), about) for target in targets]
         assert len(json.loads("".join(collection(answered, about)))["features"]) == len(targets)
+        for target in targets:
+            try:
+                assert outline(target.feature["geometry"], figure=False).area >= 0
+            except UserError:
+                continue
 
     user_error(read)
 

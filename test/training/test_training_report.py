@@ -95,6 +95,7 @@ def test_a_variant_keeps_the_size_of_a_step_and_takes_what_the_backbone_needs():
         shared.targets,
         "random",
     )
+    assert variant(shared, "virchow", "grouped", 4, given=["size"]).size == shared.size
     other = variant(shared, "virchow", "grouped", 4)
     assert (other.size, other.targets, other.alpha) == (224, "qkv", 8)
 
@@ -121,7 +122,7 @@ def test_a_sweep_fits_each_combination_once_and_writes_one_table(tmp_path, capsy
     ]
     assert main([*arguments, "--rank", "1"]) == 0
     first = (sweep / "efficientnet-lite0-grouped-r1" / "fold0" / "oof.npz").stat().st_mtime_ns
-    assert main([*arguments, "--rank", "1", "2"]) == 0
+    assert main([*arguments, "--rank", "2"]) == 0  # the table keeps what an earlier sweep found
     assert (sweep / "efficientnet-lite0-grouped-r1" / "fold0" / "oof.npz").stat().st_mtime_ns == first
     with (sweep / "sweep.csv").open(newline="") as lines:
         rows = list(csv.DictReader(lines))
@@ -131,7 +132,7 @@ def test_a_sweep_fits_each_combination_once_and_writes_one_table(tmp_path, capsy
     text = (sweep / "sweep.md").read_text()
     picture = (sweep / "sweep.svg").read_text()
     assert "efficientnet-lite0, grouped" in picture and ">rank<" in picture
-    assert text.count("| efficientnet-lite0 | grouped |") == 2
+    assert text.count("| efficientnet-lite0 | 32 | grouped |") == 2
     assert np.isfinite([float(row["auc"]) for row in rows]).all()
     assert main([*arguments, "--backbone", "virchow"]) == 1
     assert "python -m training base virchow" in capsys.readouterr().err
