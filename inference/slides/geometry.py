@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 FAR = 1e9  # pixels: beyond any slide
 LARGEST = 1000  # pixels of level 0 from side to side: a mitotic figure has about 60 at 0.25 um/px
-CORNERS = 2000  # of a ring; a traced nucleus has about 100
+CORNERS = 2000  # of a figure's ring; a traced nucleus has about 100
 
 
 def point(pair: Any) -> tuple[float, float]:
@@ -38,54 +38,49 @@ def number(name: str, value: Any) -> float:
     return found
 
 
-def ring(corners: Any, figure: bool = True) -> np.ndarray:
-    """The corners (N, 2) of a closed ring, the first one not repeated. UserError where it crosses itself.
-
-    figure: the ring is a mitotic figure's; a region's may have more than CORNERS corners, and cross itself
-    """
+def ring(corners: Any, figure: bool) -> np.ndarray:
+    """The corners (N, 2) of a closed ring: the first one is also the last."""
     if not isinstance(corners, list) or len(corners) < 3:
         raise UserError("its polygon has fewer than 3 corners; expected an outline")
     if figure and len(corners) > CORNERS:
         raise UserError(f"its polygon has {len(corners):,} corners; expected the outline of one mitotic figure")
-    found = np.array([point(corner) for corner in corners])
-    if len(found) > 3 and (found[0] == found[-1]).all():
-        found = found[:-1]
-    if figure and crosses_itself(found):
-        raise UserError("its polygon crosses itself; expected an outline with an inside")
-    return found
+    return np.array([point(corner) for corner in [*corners, corners[0]]])
 
 
 def crosses_itself(corners: np.ndarray) -> bool:
-    """Whether any two edges of a ring (N, 2) cross; edges that only touch do not, as traced pixels often do."""
-    a, b = corners, np.roll(corners, -1, 0)
+    """Whether any two edges of a closed ring (N, 2) cross; edges that only touch do not, as traced pixels often do.
 
-    def side(p: np.ndarray, q: np.ndarray, r: np.ndarray) -> np.ndarray:
-        cross = (q - p)[:, None, 0] * (r[None, :, 1] - p[:, None, 1])
-        sides: np.ndarray = np.sign(cross - (q - p)[:, None, 1] * (r[None, :, 0] - p[:, None, 0]))
-        return sides
+    shapely's `is_valid_reason` has one name for edges that cross and for edges that run along each other.
+    """
+    import shapely  # here and below, so that `slides` can say that it is missing
 
-    starts, ends = side(a, b, a), side(a, b, b)  # (N, N): on which side of edge i the corners of edge j lie
-    apart = starts * ends < 0
-    return bool((apart & apart.T).any())
+    edges = shapely.linestrings(np.stack([corners[:-1], corners[1:]], 1))
+    return bool(shapely.STRtree(edges).query(edges, "crosses").size)
 
 
-def polygons(geometry: dict[str, Any], figure: bool = True) -> list[list[np.ndarray]]:
-    """The rings of each polygon of a Polygon or MultiPolygon, the outer one first."""
+def outline(geometry: Any, figure: bool = True) -> shapely.Geometry:
+    """A Polygon or MultiPolygon, made valid: all that its outer rings go around is inside, holes are not.
+
+    figure: a mitotic figure that crosses itself is refused, because its centre would be a guess. A region may cross
+    itself, as lines drawn by hand do; where they go around twice it is inside, as for QuPath (PolygonROI.contains).
+    """
+    import shapely
+
     if not isinstance(geometry, dict) or geometry.get("type") not in ("Polygon", "MultiPolygon"):
         raise UserError("it has no outline; expected a Polygon or MultiPolygon")
     several = geometry.get("coordinates")
     several = [several] if geometry["type"] == "Polygon" else several
     if not isinstance(several, list) or not several or not all(isinstance(one, list) and one for one in several):
         raise UserError(f"its {geometry['type']} has no corners; expected an outline")
-    return [[ring(corners, figure) for corners in one] for one in several]
-
-
-def outline(geometry: Any, figure: bool = True) -> shapely.Geometry:
-    """A Polygon or MultiPolygon, made valid: its inside is what QuPath fills, even where edges touch or cross."""
-    import shapely  # here, so that `slides` can say that it is missing
-
-    rings = polygons(geometry, figure)
-    return shapely.make_valid(shapely.MultiPolygon([(one[0], one[1:]) for one in rings]))
+    polygons = [[ring(corners, figure) for corners in one] for one in several]
+    found = shapely.MultiPolygon([(one[0], one[1:]) for one in polygons])
+    if not found.is_valid:
+        if figure and any(crosses_itself(one) for rings in polygons for one in rings):
+            raise UserError("its polygon crosses itself; expected an outline with an inside")
+        found = shapely.make_valid(found, method="structure", keep_collapsed=figure)  # a figure may be a line
+    if found.is_empty:
+        raise UserError("its polygon has no area; expected an outline with an inside")
+    return found
 
 
 def centre(geometry: Any) -> tuple[float, float]:
@@ -97,13 +92,12 @@ def centre(geometry: Any) -> tuple[float, float]:
         raise UserError(f"its geometry is {kind!r:.40}; expected Point, MultiPoint, Polygon or MultiPolygon")
     figure = outline(geometry)
     left, top, right, bottom = figure.bounds
-    if max(right - left, bottom - top) > LARGEST:
+    extent = max(right - left, bottom - top)
+    if extent > LARGEST:
         raise UserError(
-            f"it is {max(right - left, bottom - top):,.0f} pixels across; expected a mitotic figure of up to "
-            f"{LARGEST:,}; choose with --class"
+            f"it is {extent:,.0f} pixels across; expected a mitotic figure of up to {LARGEST:,}; choose with --class"
         )
-    middle = figure.centroid
-    return middle.x, middle.y
+    return figure.centroid.x, figure.centroid.y
 
 
 def box(left: float, top: float, right: float, bottom: float) -> dict[str, Any]:

@@ -23,6 +23,7 @@ HEAVY = {
     "matplotlib",
     "cv2",
     "SimpleITK",
+    "shapely",
     "ray",
     "tensorboard",
     "huggingface_hub",

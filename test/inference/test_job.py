@@ -19,7 +19,18 @@ from test.support.stub import Ended, check_ended, make_input, run_job, stub_mani
 
 ROOT = Path(__file__).resolve().parents[2]
 BAD = bad_files()
-FORBIDDEN = ("peft", "transformers", "pandas", "sklearn", "matplotlib", "timm", "torchvision", "SimpleITK", "cv2")
+FORBIDDEN = (
+    "peft",
+    "transformers",
+    "pandas",
+    "sklearn",
+    "matplotlib",
+    "timm",
+    "torchvision",
+    "SimpleITK",
+    "cv2",
+    "shapely",
+)
 
 
 def sixteen(seed: int = 5, pages: int = 16) -> bytes:

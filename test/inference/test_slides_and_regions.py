@@ -207,6 +207,14 @@ def polygon(*corners: tuple[float, float], holes: tuple[Any, ...] = ()) -> dict[
     return {"type": "Polygon", "coordinates": [list(map(list, ring)) for ring in (corners, *holes)]}
 
 
+def square(x: float, y: float, half: float) -> Any:
+    return files.square(x, y, half)["coordinates"]
+
+
+def several(*polygons: Any) -> dict[str, Any]:
+    return {"type": "MultiPolygon", "coordinates": list(polygons)}
+
+
 def test_outlines_that_touch_themselves_have_a_centre() -> None:
     """Traced pixels do: at a corner, along an edge, in a spike."""
     corner = polygon((0, 0), (2, 0), (2, 2), (4, 2), (4, 4), (2, 4), (2, 2), (0, 2))
@@ -219,6 +227,38 @@ def test_outlines_that_touch_themselves_have_a_centre() -> None:
     assert outline(polygon((0, 0), (10, 0), (10, 4), (0, 4), holes=(hole,))).area == 36
     with pytest.raises(UserError, match="crosses itself"):
         centre(polygon((0, 0), (5, 5), (5, 0), (0, 5)))
+
+
+def test_outlines_of_traced_pixels_have_a_centre() -> None:
+    """Of ragged shapes, whose outlines run along themselves and touch themselves at corners."""
+    import cv2
+
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        found, _ = cv2.findContours(
+            (rng.random((24, 24)) < 0.5).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE
+        )
+        traced = max(found, key=len)[:, 0]
+        x, y = centre(polygon(*map(tuple, traced.tolist())))
+        assert (traced.min(0) <= (x, y)).all() and (traced.max(0) >= (x, y)).all()
+
+
+def test_what_rings_go_around_twice_is_inside_and_holes_are_not() -> None:
+    area = lambda *polygons: outline(several(*polygons), figure=False).area  # noqa: E731
+    assert area(square(2, 2, 2), square(4, 4, 2)) == 28  # overlapping parts, which RFC 7946 forbids
+    assert area(square(5, 5, 5), square(5, 5, 1)) == 100
+    assert area([*square(5, 5, 5), *square(5, 5, 1)]) == 96
+    assert area([*square(2, 2, 2), *square(4, 2, 1)]) == 14  # a hole that reaches beyond
+    assert area([*square(5, 5, 5), *square(5, 5, 1)], square(5, 5, 2)) == 100
+    loop = polygon((0, 0), (10, 0), (10, 10), (4, 10), (4, -1), (5, -1), (5, 5), (0, 10))
+    assert outline(loop, figure=False).area == 93
+
+
+def test_an_outline_without_area_is_refused() -> None:
+    line = polygon((0, 0), (10, 0), (5, 0))
+    for geometry, figure in ((line, False), (several([*square(5, 5, 5), *square(5, 5, 5)]), True)):
+        with pytest.raises(UserError, match="its polygon has no area"):
+            outline(geometry, figure)
 
 
 def test_a_region_may_cross_itself_and_have_many_corners() -> None:
