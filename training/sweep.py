@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
             rows.append(summarise(options.run / name, recipe))
             write_tables(options.run, rows)
             draw(options.run / "sweep.svg", rows)
-    say(accelerator, f"{options.run / 'sweep.md'}, sweep.csv and sweep.svg: {len(recipes)} runs")
+    say(accelerator, f"{options.run / 'sweep.md'}, sweep.csv and sweep.svg: {len(rows)} runs")
 
 
 def finished(folder: Path, apart_from: Collection[str]) -> list[dict[str, Any]]:
@@ -218,7 +218,7 @@ def draw(file: Path, rows: Sequence[dict[str, Any]]) -> None:
 
     shapes = dict(zip(dict.fromkeys(row["backbone"] for row in rows), "osD^vP", strict=False))
     colours = dict(zip(KINDS, ("#0072b2", "#d55e00", "#009e73", "#cc79a7"), strict=True))
-    series = list(dict.fromkeys((row["backbone"], row["split"]) for row in rows))
+    series = sorted({(row["backbone"], row["split"]) for row in rows}, key=lambda one: (one[0], KINDS.index(one[1])))
     ranks = sorted({row["rank"] for row in rows})
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "sweep", "font.size": 10}):
         figure = Figure((9, 4.2), layout="constrained")
