@@ -58,11 +58,15 @@ COLUMNS = (
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add_inputs(parser)
-    parser.add_argument("--rank", type=int, nargs="+", default=[4, 8, 16])
-    parser.add_argument("--split", nargs="+", choices=KINDS, default=["random", "grouped"])
+    parser.add_argument("--rank", type=int, nargs="+", default=[4, 8, 16], help="default: 4 8 16")
+    parser.add_argument(
+        "--split", nargs="+", choices=KINDS, default=["random", "grouped"], help="default: random grouped"
+    )
     parser.add_argument("--backbone", nargs="+", help="default: all that have weights in --bases")
     parser.add_argument("--bases", type=Path, default=BASES, help="folder of base weights (default weights/bases)")
-    parser.add_argument("--run", type=Path, default=Path("runs/sweep"), help="folder of the runs and tables")
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/sweep"), help="folder of the runs and tables (default runs/sweep)"
+    )
 
 
 def run(options: argparse.Namespace) -> None:

@@ -41,7 +41,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--csv", type=Path, metavar="FILE", help="one row an object")
     add("--summary", type=Path, metavar="FILE.csv", help="one row a slide: counts, share, density, hot spots")
     add("--report", type=Path, metavar="FILE.html", help="one page with slides and crops")
-    add("--class", action="append", default=[], dest="classes", metavar="NAME", help="only objects of this class")
+    add(
+        "--class",
+        action="append",
+        default=[],
+        dest="classes",
+        metavar="NAME",
+        help="only objects of this class; repeatable",
+    )
     add("--region", metavar="NAME", help="class of outlines whose area the density is for, such as Tumor")
     add("--origin", choices=("scan", "slide"), help="what x and y count from: the scanned area (QuPath), or the slide")
     add("--side", type=int, default=128, help="of a crop, in pixels (default 128)")
