@@ -123,7 +123,10 @@ def random_adapter(folder: Path, base: Path, layers: list[str], width: int, seed
 
 @pytest.mark.parametrize("backbone", ["virchow2", "uni", "dinov3-vith16plus", "efficientnet-lite0"])
 def test_what_no_fold_changes_is_computed_once_whatever_is_adapted(backbone, tmp_path):
-    """Random layers, others for each fold: P(atypical) as from each fold alone, and no more work than for two."""
+    """Random layers, others for each fold: P(atypical) as from each fold alone, and no more work than for two.
+
+    As far as fp32's rounding goes, which depends on the machine: 1.5e-6 was the most on one, below 1e-6 on others.
+    """
     row, draw = BACKBONES[backbone], random.Random(backbone)
     base = random_base(backbone, tmp_path / "base.safetensors")
     with safe_open(base, "pt") as stored:
@@ -146,8 +149,8 @@ def test_what_no_fold_changes_is_computed_once_whatever_is_adapted(backbone, tmp
         together = counter.get_total_flops()
         for n, fold in enumerate(folds):
             with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-                alone = logits(x, open_weights([fold]), row, pool)[0]
-            assert (fused[n].sigmoid() - alone.sigmoid()).abs().max() <= 1e-6
+                alone = logits(x, open_weights([fold]), row, pool)[0].sigmoid()
+            assert (fused[n].sigmoid() - alone).abs().max() <= 5e-6
         assert together <= 2 * counter.get_total_flops()
 
 
