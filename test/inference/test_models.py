@@ -107,7 +107,9 @@ def random_adapter(folder: Path, base: Path, layers: list[str], width: int, seed
     """A plain LoRA adapter of rank 2 on exactly these layers, with a head for `width` features."""
     draw = torch.Generator().manual_seed(seed)
     folder.mkdir()
-    state = {"head.weight": torch.randn(1, width, generator=draw), "head.bias": torch.randn(1, generator=draw)}
+    # logits of ordinary size: at 70, as from a head of unit weights, P is flat and shows no difference
+    head = torch.randn(1, width, generator=draw) / width**0.5
+    state = {"head.weight": head, "head.bias": torch.randn(1, generator=draw)}
     with safe_open(base, "pt") as stored:
         for layer in layers:
             out, *rest = stored.get_slice(f"{layer}.weight").get_shape()
@@ -123,10 +125,7 @@ def random_adapter(folder: Path, base: Path, layers: list[str], width: int, seed
 
 @pytest.mark.parametrize("backbone", ["virchow2", "uni", "dinov3-vith16plus", "efficientnet-lite0"])
 def test_what_no_fold_changes_is_computed_once_whatever_is_adapted(backbone, tmp_path):
-    """Random layers, others for each fold: P(atypical) as from each fold alone, and no more work than for two.
-
-    As far as fp32's rounding goes, which depends on the machine: 1.5e-6 was the most on one, below 1e-6 on others.
-    """
+    """Random layers, others for each fold: P(atypical) as from each fold alone, and no more work than for two."""
     row, draw = BACKBONES[backbone], random.Random(backbone)
     base = random_base(backbone, tmp_path / "base.safetensors")
     with safe_open(base, "pt") as stored:
@@ -150,7 +149,7 @@ def test_what_no_fold_changes_is_computed_once_whatever_is_adapted(backbone, tmp
         for n, fold in enumerate(folds):
             with torch.inference_mode(), FlopCounterMode(display=False) as counter:
                 alone = logits(x, open_weights([fold]), row, pool)[0].sigmoid()
-            assert (fused[n].sigmoid() - alone).abs().max() <= 5e-6
+            assert (fused[n].sigmoid() - alone).abs().max() <= 1e-6
         assert together <= 2 * counter.get_total_flops()
 
 
