@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 import zipfile
@@ -17,7 +16,8 @@ from hypothesis import strategies as st
 from inference.errors import UserError
 from inference.slides.geometry import centre, outline
 from test.support import detection_files as files
-from test.support.commands import inference
+from test.support.commands import rows_of
+from test.support.commands import slides as run
 from test.support.pyramids import FIGURES, write_slide
 
 PLACES = list(FIGURES)
@@ -30,15 +30,6 @@ def two(slide: Path, tmp_path: Path) -> Path:
         (tmp_path / name).mkdir()
         shutil.copy(slide, tmp_path / name / "a.tif")
     return tmp_path
-
-
-def run(miniature: Path, *arguments: object) -> int:
-    return inference("slides", *arguments, "--weights", miniature, "--device", "cpu", "--precision", "fp32")
-
-
-def rows_of(file: Path) -> list[dict[str, str]]:
-    with file.open(newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
 
 
 def table(file: Path, *rows: str) -> Path:
@@ -152,6 +143,12 @@ def test_a_table_in_a_zip_file_is_read_too(slide, miniature, tmp_path) -> None:
     assert len(rows_of(tmp_path / "out.csv")) == 2
 
 
+def test_a_coarser_slide_is_said_to_be(drawn, miniature, tmp_path, capsys) -> None:
+    write_slide(tmp_path / "s.tif", [drawn], 0.5)
+    assert run(miniature, files.qupath(tmp_path / "s.geojson", PLACES), "--csv", tmp_path / "out.csv") == 0
+    assert "slides with less detail than 0.25 µm/px: 1, such as s.tif" in capsys.readouterr().out
+
+
 def test_a_finer_slide_shows_the_same_field_of_view(drawn, slide, miniature, tmp_path) -> None:
     """At 0.125 um/px every pixel of the other slide is four: nearly the same crops, so nearly the same answers."""
     fine = write_slide(tmp_path / "fine.tif", [drawn.repeat(2, 0).repeat(2, 1)], 0.125)
@@ -161,6 +158,21 @@ def test_a_finer_slide_shows_the_same_field_of_view(drawn, slide, miniature, tmp
         assert run(miniature, detections, "--slide", file, "--csv", tmp_path / "out.csv") == 0
         found[scale] = np.array([float(row["p_atypical"]) for row in rows_of(tmp_path / "out.csv")])
     assert np.abs(found[2] - found[1]).max() < 0.1 * np.ptp(found[1])
+
+
+def test_a_region_gives_the_density_and_the_page_shows_the_slide(slide, miniature, tmp_path) -> None:
+    region = files.features([(0.0, 0.0)], "Tumor")[0] | {"id": "region", "geometry": files.square(800, 500, 400)}
+    detections = files.write_json(
+        tmp_path / "a.geojson", [*files.features(PLACES), region, region]
+    )  # as in two exports of one slide
+    summary, page = tmp_path / "s.csv", tmp_path / "r.html"
+    options = ["--slide", slide, "--region", "tumor", "--summary", summary, "--report", page]
+    assert run(miniature, detections, *options) == 0
+    [row] = rows_of(summary)
+    assert float(row["area_mm2"]) == pytest.approx(0.04)  # 800 pixels of 0.25 um: 200 um a side
+    assert float(row["figures_per_mm2"]) == pytest.approx(2 / 0.04)  # one of the three lies outside
+    text = page.read_text()
+    assert text.count('data-crop="') == 3 and "<image href=" in text and "presumes that each object" in text
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
 import math
 import shutil
@@ -15,28 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
-from hypothesis import given
-from hypothesis import strategies as st
 
 from inference.ensemble import Ensemble
 from inference.errors import UserError
-from inference.slides import reader, scoring, statistics
+from inference.slides import reader, scoring
 from inference.slides.journal import Journal, journal
 from test.support import detection_files as files
-from test.support.commands import inference
+from test.support.commands import rows_of
+from test.support.commands import slides as run
 from test.support.processes import killed
 from test.support.pyramids import FIGURES, pyramid, write_slide
 
 PLACES = list(FIGURES)
-
-
-def run(miniature: Path, *arguments: object) -> int:
-    return inference("slides", *arguments, "--weights", miniature, "--device", "cpu", "--precision", "fp32")
-
-
-def rows_of(file: Path) -> list[dict[str, str]]:
-    with file.open(newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
 
 
 def features_of(file: Path) -> list[dict[str, Any]]:
@@ -307,42 +296,3 @@ def test_hovernets_magnification_is_the_slides(slide, miniature, tmp_path, monke
     options = ["--slide", slide, "--class", "1", "--region", "5", "--summary", tmp_path / "s.csv"]
     assert run(miniature, files.write_json(tmp_path / "r.json", cells), *options) == 0
     assert rows_of(tmp_path / "s.csv")[0]["area_mm2"] == "0.01"
-
-
-def test_a_coarser_slide_is_said_to_be(drawn, miniature, tmp_path, capsys) -> None:
-    write_slide(tmp_path / "s.tif", [drawn], 0.5)
-    assert run(miniature, files.qupath(tmp_path / "s.geojson", PLACES), "--csv", tmp_path / "out.csv") == 0
-    assert "slides with less detail than 0.25 µm/px: 1, such as s.tif" in capsys.readouterr().out
-
-
-def test_a_region_gives_the_density_and_the_page_shows_the_slide(slide, miniature, tmp_path) -> None:
-    region = files.features([(0.0, 0.0)], "Tumor")[0] | {"id": "region", "geometry": files.square(800, 500, 400)}
-    detections = files.write_json(
-        tmp_path / "a.geojson", [*files.features(PLACES), region, region]
-    )  # as in two exports of one slide
-    summary, page = tmp_path / "s.csv", tmp_path / "r.html"
-    options = ["--slide", slide, "--region", "tumor", "--summary", summary, "--report", page]
-    assert run(miniature, detections, *options) == 0
-    [row] = rows_of(summary)
-    assert float(row["area_mm2"]) == pytest.approx(0.04)  # 800 pixels of 0.25 um: 200 um a side
-    assert float(row["figures_per_mm2"]) == pytest.approx(2 / 0.04)  # one of the three lies outside
-    text = page.read_text()
-    assert text.count('data-crop="') == 3 and "<image href=" in text and "presumes that each object" in text
-
-
-@pytest.mark.parametrize(("hits", "total", "low", "high"), [(0, 0, 0, 1), (0, 10, 0, 0.2775), (5, 10, 0.2366, 0.7634)])
-def test_wilsons_interval(hits, total, low, high) -> None:
-    assert statistics.wilson(hits, total) == pytest.approx((low, high), abs=1e-4)
-
-
-@given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), min_size=1, max_size=25))
-def test_the_hot_spot_holds_the_most(points) -> None:
-    """Against every window that begins at a figure's column and another's row."""
-    x, y = np.array(points, float).T
-    mpp = (1000 / 20, 1000 / 20)  # 2 mm2 are 33 by 24 pixels
-    width, height = statistics.window(mpp)
-    best = max(((x >= a) & (x <= a + width) & (y >= b) & (y <= b + height)).sum() for a in x for b in y)
-    spot = statistics.hot_spot(x, y, mpp)
-    assert spot is not None and spot.count == best
-    inside = (abs(x - spot.x) <= width / 2 + 1e-9) & (abs(y - spot.y) <= height / 2 + 1e-9)
-    assert inside.sum() == best
