@@ -16,6 +16,6 @@ DESCRIPTION = "Atypical or normal: train an ensemble of LoRA folds, and classify
 
 def main() -> int:
     """Pass the command to the program that has it; no name is in both."""
-    if sys.argv[1:] in ([], ["-h"], ["--help"]):
+    if sys.argv[1:] in ([], ["-h"], ["--help"], ["--version"]):
         return run("midog-lora", DESCRIPTION, INFERENCE | TRAINING, sys.argv[1:] or ["--help"])
     return training_main() if sys.argv[1] in TRAINING else inference_main()
