@@ -6,6 +6,7 @@ from inference import Ensemble
 from __future__ import annotations
 
 import os
+import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["Ensemble", "__version__"]
+
+START = time.perf_counter()  # from which a job counts its seconds
 
 # Read when PyTorch is loaded. By default its threads busy-wait for milliseconds after each layer: that gains nothing on
 # an idle machine and costs a factor of ten when another process wants the cores.

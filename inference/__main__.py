@@ -7,22 +7,24 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import job  # noqa: F401  (the clock of a job starts here)
 from .commandline import Command, run
 from .exits import FAILED, INTERRUPTED, describe
 
 DESCRIPTION = """Atypical or normal: classify mitotic figures with an ensemble of LoRA folds.
 
 Without a command, `job` runs: python -m inference --input DIR --output DIR"""
+PACKAGE = __package__  # "midog_lora.inference" where it is installed
 COMMANDS = {
-    "job": Command("inference.job", "classify the stack in /input and write the platform's JSON file to /output"),
-    "score": Command("inference.scoring.command", "score any crops: P(atypical) as a CSV file and an HTML report"),
-    "crops": Command("inference.slides.command", "cut crops from whole slides, one PNG file per detection"),
+    "job": Command(f"{PACKAGE}.job", "classify the stack in /input and write the platform's JSON file to /output"),
+    "score": Command(f"{PACKAGE}.scoring.command", "score any crops: P(atypical) as a CSV file and an HTML report"),
+    "cluster": Command(f"{PACKAGE}.cluster.command", "the same on a Ray cluster, for 10^5 crops and more"),
+    "crops": Command(f"{PACKAGE}.slides.crops", "cut crops from whole slides, one PNG file per detection"),
     "slides": Command(
-        "inference.slides.classify", "classify detections on whole slides, with QuPath's GeoJSON in and out"
+        f"{PACKAGE}.slides.classify", "classify detections on whole slides, with QuPath's GeoJSON in and out"
     ),
-    "serve": Command("inference.serve", "keep the ensemble loaded and answer requests over HTTP"),
-    "doctor": Command("inference.doctor", "check this machine and an ensemble, with a fix for each problem"),
+    "serve": Command(f"{PACKAGE}.serve", "keep the ensemble loaded and answer requests over HTTP"),
+    "example": Command(f"{PACKAGE}.example.command", "write drawn crops, a stack and a slide to try all this with"),
+    "doctor": Command(f"{PACKAGE}.doctor", "check this machine and an ensemble, with a fix for each problem"),
 }
 
 

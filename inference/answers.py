@@ -6,23 +6,38 @@ import hashlib
 import re
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from .checksums import ensemble_id
 from .errors import UserError
 from .imageio.source import File
 from .imageio.stack import MAX_BYTES
+from .labels import class_of
 from .manifest import Manifest
+
+if TYPE_CHECKING:
+    from .ensemble import Prediction
 
 CONTENT = re.compile(r"sha256:[0-9a-f]{16}")
 
 
-@dataclass(frozen=True)
-class Answer:
-    """p_atypical, fold_p (F,) and member_p (M,) in [0, 1]; label 1 (atypical), 0 (normal) or None (unknown).
+class Computed(NamedTuple):
+    """What computed an answer: device (cpu or cuda), precision, such as `bf16` or `bf16+fp32`, and `ensemble_id`."""
 
-    pages: how many the file has; content: `content_of` the file when it was read
+    device: str
+    precision: str
+    ensemble: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The answer for one crop: p_atypical, fold_p (F,) and member_p (M,) in [0, 1]; label 1 (atypical), 0 or None.
+
+    pages: how many the file has; content: `content_of` the file when it was read; slide: the table's, or ""
+    seen: whether the ensemble was trained on the crop; None where that is not known
     fold_p is empty until the crop is predicted; member_p is empty if the ensemble has one member.
     """
 
@@ -35,11 +50,33 @@ class Answer:
     domain: str = ""
     pages: int = 1
     content: str = ""
+    slide: str = ""
+    seen: bool | None = None
+
+    @classmethod
+    def of(cls, prediction: Prediction, crops: Sequence[Answer] | None = None) -> list[Answer]:
+        """The answer for each crop of a prediction. crops: what is known of each before it has an answer."""
+        count = len(prediction.p_atypical)
+        crops = [cls("", 0, 0.0, ())] * count if crops is None else crops
+        members = prediction.member_p.T.tolist() if len(prediction.member_p) > 1 else [()] * count
+        each = zip(crops, prediction.p_atypical.tolist(), prediction.fold_p.T.tolist(), members, strict=True)
+        return [
+            replace(crop, p_atypical=p, fold_p=tuple(folds), member_p=tuple(several))
+            for crop, p, folds, several in each
+        ]
 
     @property
     def spread(self) -> float:
         """Largest minus smallest fold; 0 without folds."""
         return max(self.fold_p, default=0.0) - min(self.fold_p, default=0.0)
+
+    def values(self, threshold: float) -> list[float | str]:
+        """The cells of `value_columns`."""
+        return [self.p_atypical, class_of(self.p_atypical, threshold), *self.fold_p, *self.member_p, self.spread]
+
+    def cells(self, threshold: float, computed: Computed) -> list[float | str]:
+        """The cells of `columns`."""
+        return [self.path, self.page, self.pages, *self.values(threshold), self.content, *computed]
 
 
 def fold_columns(manifest: Manifest) -> list[str]:
@@ -54,11 +91,14 @@ def member_columns(manifest: Manifest) -> list[str]:
     return [f"{member.name}_p" for member in manifest.members] if len(manifest.members) > 1 else []
 
 
+def value_columns(manifest: Manifest) -> list[str]:
+    """The columns of what an ensemble says about a crop, in order."""
+    return ["p_atypical", "class", *fold_columns(manifest), *member_columns(manifest), "spread"]
+
+
 def columns(manifest: Manifest) -> list[str]:
     """All columns of an answer, in order; the last four say which file was read and what computed the answer."""
-    folds, members = fold_columns(manifest), member_columns(manifest)
-    origin = ["content", "device", "precision", "ensemble"]
-    return ["path", "page", "pages", "p_atypical", "class", *folds, *members, "spread", *origin]
+    return ["path", "page", "pages", *value_columns(manifest), "content", *Computed._fields]
 
 
 def content_of(file: File) -> str:
@@ -77,17 +117,19 @@ def content_of(file: File) -> str:
     return ""
 
 
-def computing(manifest: Manifest, device: str, precision: str) -> tuple[str, str]:
-    """Device (cpu or cuda) and precision that this machine computes `manifest` in. UserError if it cannot.
+def asked_for(manifest: Manifest, device: str, precision: str) -> Computed:
+    """What a run is asked to compute with: device and precision are options' values, which may be `auto`."""
+    return Computed(device, precision, ensemble_id(manifest))
 
-    Only `auto` needs PyTorch. Members may choose different precisions, such as `bf16+fp32`.
-    """
-    if "auto" not in (device, precision):
-        return device, precision
+
+def computing(manifest: Manifest, asked: Computed) -> Computed:
+    """`asked` with this machine's choices in place of `auto`, which need PyTorch. UserError if it has none."""
+    if "auto" not in asked:
+        return asked
     from .ensemble import Ensemble
 
-    ensemble = Ensemble(manifest, device, precision)
-    return ensemble.device.type, ensemble.precision
+    ensemble = Ensemble(manifest, asked.device, asked.precision)
+    return asked._replace(device=ensemble.device.type, precision=ensemble.precision)
 
 
 def pages_of(crops: Sequence[np.ndarray], page: int | None) -> list[tuple[int, np.ndarray]]:

@@ -19,6 +19,16 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
+def _vit_targets(mlp: str = "fc1|fc2") -> dict[str, str]:
+    # "proj" alone would also match patch_embed.proj, "fc1" nothing at all in DINOv3: so patterns match whole names
+    return {
+        "qkv": r"blocks\.\d+\.attn\.qkv",
+        "qv": r"blocks\.\d+\.attn\.qkv",  # the same layers; training keeps the part of the keys at zero
+        "attn": r"blocks\.\d+\.attn\.(qkv|proj)",
+        "all": rf"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.({mlp}))",
+    }
+
+
 @dataclass(frozen=True)
 class Backbone:
     """One entry of the table.
@@ -30,6 +40,7 @@ class Backbone:
     mean, std, size: normalisation and input side that the weights were trained with
     params: parameter count without a head, as published
     depth, heads, eps: of a transformer: blocks, attention heads, and what its layer norms add to the variance
+    qkv_bias: whether attention gets the biases of query, key and value that timm's model of that name leaves out
     targets: named sets of layers for LoRA, each a regular expression that matches whole module names
     fp16_safe: False where half precision with five exponent bits is known to overflow, here or in a larger sibling
     licence, gated, source: terms of the weights, whether access is granted individually, and where they are published
@@ -39,19 +50,20 @@ class Backbone:
     """
 
     timm: str
-    family: str
     pool: str
-    size: int
     params: int
     licence: str
     source: str
+    family: str = "vit"
+    size: int = 224
     kwargs: dict[str, Any] = field(default_factory=dict)
     mean: tuple[float, float, float] = IMAGENET[0]
     std: tuple[float, float, float] = IMAGENET[1]
     depth: int = 0
     heads: int = 0
     eps: float = 1e-6
-    targets: dict[str, str] = field(default_factory=dict)
+    qkv_bias: bool = False
+    targets: dict[str, str] = field(default_factory=_vit_targets)
     fp16_safe: bool = True
     gated: bool = True
     head: str = "head"
@@ -60,17 +72,6 @@ class Backbone:
     base_sha256: str = ""
 
 
-def _vit_targets(mlp: str = "fc1|fc2") -> dict[str, str]:
-    # "proj" alone would also match patch_embed.proj, "fc1" nothing at all in DINOv3: so patterns match whole names
-    return {
-        "qkv": r"blocks\.\d+\.attn\.qkv",
-        "qv": r"blocks\.\d+\.attn\.qkv",  # the same layers; training keeps the part of the keys at zero
-        "attn": r"blocks\.\d+\.attn\.(qkv|proj)",
-        "all": rf"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.({mlp}))",
-    }
-
-
-_VIRCHOW = dict(img_size=224, init_values=1e-5, mlp_ratio=5.3375, mlp_layer="SwiGLUPacked", act_layer="silu")
 _LITE_TARGETS = {
     "pointwise": r"blocks\.\d+\.\d+\.conv_(pw|pwl)|conv_head",
     "late": r"blocks\.[2-6]\.\d+\.conv_(pw|pwl)|conv_head",  # avoids a backward pass through the widest maps
@@ -100,17 +101,23 @@ def _dinov2(size: str, depth: int, heads: int, params: int, download: int) -> Ba
     """Meta's DINOv2 with patches of 14 pixels, trained on LVD-142M, first at 224 and finally at 518 pixels."""
     return Backbone(
         timm=f"vit_{size}_patch14_dinov2",
-        family="vit",
         pool="token+avg",
-        size=224,
         params=params,
         depth=depth,
         heads=heads,
-        targets=_vit_targets(),
         gated=False,
         licence="Apache-2.0",
         source=f"hf-hub:timm/vit_{size}_patch14_dinov2.lvd142m",
         download=download,
+    )
+
+
+def _dinov2_registers(size: str, depth: int, heads: int, params: int, download: int) -> Backbone:
+    """The same with four register tokens, which are in nobody's mean."""
+    return replace(
+        _dinov2(size, depth, heads, params, download),
+        timm=f"vit_{size}_patch14_reg4_dinov2",
+        source=f"hf-hub:timm/vit_{size}_patch14_reg4_dinov2.lvd142m",
     )
 
 
@@ -134,57 +141,50 @@ def _dinov3(size: str, depth: int, heads: int, params: int, download: int, mlp: 
     )
 
 
+def _dinov3_qkvb(row: Backbone) -> Backbone:
+    """The same with attention's biases, which are zero as published, and may not be where training went on."""
+    params = row.params + row.depth * 3 * 64 * row.heads  # a head has 64 channels
+    return replace(row, qkv_bias=True, params=params, source=row.source.replace("_dinov3.", "_dinov3_qkvb."))
+
+
 _SWIGLU = "fc1_g|fc1_x|fc2"
+
+_VIRCHOW = Backbone(
+    timm="vit_huge_patch14_224",
+    kwargs=dict(img_size=224, init_values=1e-5, mlp_ratio=5.3375, mlp_layer="SwiGLUPacked", act_layer="silu"),
+    pool="token+avg",
+    params=631_229_184,
+    depth=32,
+    heads=16,
+    licence="Apache-2.0",
+    source="hf-hub:paige-ai/Virchow",
+    download=2_525,
+)
 
 
 BACKBONES: dict[str, Backbone] = {
-    "virchow": Backbone(
-        timm="vit_huge_patch14_224",
-        kwargs=_VIRCHOW,
-        family="vit",
-        pool="token+avg",
-        size=224,
-        params=631_229_184,
-        depth=32,
-        heads=16,
-        targets=_vit_targets(),
-        licence="Apache-2.0",
-        source="hf-hub:paige-ai/Virchow",
-        download=2_525,
-    ),
-    "virchow2": Backbone(
-        timm="vit_huge_patch14_224",
-        kwargs=_VIRCHOW | dict(reg_tokens=4),
-        family="vit",
-        pool="token+avg",
-        size=224,
+    "virchow": _VIRCHOW,
+    "virchow2": replace(
+        _VIRCHOW,
+        kwargs=_VIRCHOW.kwargs | dict(reg_tokens=4),
         params=631_239_424,
-        depth=32,
-        heads=16,
-        targets=_vit_targets(),
         licence="CC-BY-NC-ND-4.0",
         source="hf-hub:paige-ai/Virchow2",
-        download=2_525,
     ),
     "uni": Backbone(
         timm="vit_large_patch16_224",
         kwargs=dict(img_size=224, init_values=1e-5),
-        family="vit",
         pool="token",
-        size=224,
         params=303_350_784,
         depth=24,
         heads=16,
-        targets=_vit_targets(),
         licence="CC-BY-NC-ND-4.0",
         source="hf-hub:MahmoodLab/UNI",
         download=1_213,
     ),
     "uni2-h": Backbone(
         timm="vit_giant_patch14_224",
-        family="vit",
         pool="token",
-        size=224,
         kwargs=dict(
             img_size=224,
             depth=24,
@@ -200,7 +200,6 @@ BACKBONES: dict[str, Backbone] = {
         params=681_394_176,
         depth=24,
         heads=24,
-        targets=_vit_targets(),
         licence="CC-BY-NC-ND-4.0",
         source="hf-hub:MahmoodLab/UNI2-h",
         download=2_726,
@@ -208,15 +207,12 @@ BACKBONES: dict[str, Backbone] = {
     "h-optimus-0": Backbone(
         timm="vit_giant_patch14_reg4_dinov2",
         kwargs=dict(img_size=224, init_values=1e-5),
-        family="vit",
         pool="token",
-        size=224,
         mean=(0.707223, 0.578729, 0.703617),
         std=(0.211883, 0.230117, 0.177517),
         params=1_134_774_272,
         depth=40,
         heads=24,
-        targets=_vit_targets(),
         licence="Apache-2.0",
         source="hf-hub:bioptimus/H-optimus-0",
         download=4_539,
@@ -235,10 +231,27 @@ BACKBONES: dict[str, Backbone] = {
     ),
     "dinov2-vitb14": _dinov2("base", 12, 12, 86_579_712, 346),
     "dinov2-vitl14": _dinov2("large", 24, 16, 304_367_616, 1_217),
+    "dinov2-vits14-reg": _dinov2_registers("small", 12, 6, 22_057_344, 90),
+    "dinov2-vitb14-reg": _dinov2_registers("base", 12, 12, 86_582_016, 346),
+    "dinov2-vitl14-reg": _dinov2_registers("large", 24, 16, 304_370_688, 1_217),
+    "vit-b16": Backbone(
+        timm="vit_base_patch16_224",
+        pool="token",
+        params=85_798_656,
+        mean=HALF[0],
+        std=HALF[1],
+        depth=12,
+        heads=12,
+        gated=False,
+        licence="Apache-2.0",
+        source="hf-hub:timm/vit_base_patch16_224.orig_in21k",
+        download=343,
+    ),
     "efficientnet-lite0": _lite(0, 3_371_008, 19, "5e41c917f503dd04eea6779665bcf8629eb20c57e933341f4af275be82339c26"),
     "efficientnet-lite1": _lite(1, 4_135_680, 22, "6344a97c41bb2b684368d655a6baa1c90ab7c63d766e543c169ef4a00fcd4a48"),
     "efficientnet-lite2": _lite(2, 4_811_072, 25, "f2cc9ba36846bd01521468c0e44cea29ca1d459a620661a6e8d3953ed2d34e96"),
 }
+BACKBONES |= {f"{name}-qkvb": _dinov3_qkvb(row) for name, row in BACKBONES.items() if row.family == "dinov3"}
 
 
 def lookup(name: str) -> Backbone:
@@ -271,9 +284,23 @@ def build(backbone: Backbone, num_classes: int = 1, pool: str | None = None, **o
     if backbone.family == "vit":
         kwargs["fc_norm"] = False  # timm would move the norm behind an average pool, and rename it
     model: torch.nn.Module = timm.create_model(backbone.timm, pretrained=False, num_classes=num_classes, **kwargs)
+    if backbone.qkv_bias:
+        _add_qkv_bias(model)
     if pool == "token+avg":
         _pool_token_and_mean(model, num_classes)
     return model
+
+
+def _add_qkv_bias(model: Any) -> None:
+    """Give attention one bias (3C,) of query, key and value, zeros.
+
+    timm's own models with biases ("_qkvb") compute the same but keep two apart, and call no `qkv`: with them PEFT's
+    adapter of that layer would do nothing until it is merged.
+    """
+    import torch
+
+    for block in model.blocks:
+        block.attn.qkv.bias = torch.nn.Parameter(torch.zeros(block.attn.qkv.out_features))
 
 
 def _pool_token_and_mean(model: Any, num_classes: int) -> None:

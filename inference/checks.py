@@ -37,7 +37,7 @@ def passed(checks: Iterable[Check]) -> bool:
 
 @cache
 def docker() -> str | None:
-    """The first Docker client that reaches an engine, or None. Scripts ask `test/engine.sh client`.
+    """The first Docker client that reaches an engine, or None. Scripts ask `release/engine.sh client`.
 
     Debian's own comes first: another on the PATH may lack the build plugin.
     """

@@ -16,11 +16,9 @@ from typing import Any
 
 from .errors import UserError
 from .files import read_json, write_whole
-from .labels import CLASSES, class_of
+from .phase import PHASE
 
-SLUG = "stacked-histopathology-roi-cropouts"
-OUTPUT = "multiple-mitotic-figure-classification.json"
-SUFFIXES = (".tif", ".tiff", ".mha")
+SLUG, OUTPUT, SUFFIXES = PHASE.slug, PHASE.output, PHASE.suffixes
 
 
 def find_stack(input_dir: Path) -> Path:
@@ -36,8 +34,8 @@ def find_stack(input_dir: Path) -> Path:
         names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
         images = [name for name in names if name.lower().endswith(SUFFIXES)]
         if len(images) != 1:
-            found = f"{len(images)} images" if images else f"no image among {len(names)} files"
-            raise UserError(f"{found} in {folder}; expected exactly one of {', '.join(SUFFIXES)}; check the input")
+            counted = f"{len(images)} images" if images else f"no image among {len(names)} files"
+            raise UserError(f"{counted} in {folder}; expected exactly one of {', '.join(SUFFIXES)}; check the input")
         _check_inside(folder / images[0], input_dir)
     except OSError as error:
         raise UserError(
@@ -73,26 +71,34 @@ def _check_socket(listing: Path, input_dir: Path) -> None:
         )
 
 
+def check_pages(stack: Path, pages: int) -> None:
+    """UserError unless the phase allows a stack of so many pages."""
+    fewest, most = PHASE.pages
+    if not fewest <= pages <= most:
+        raise UserError(f"{stack} has {pages} pages; expected {fewest} to {most} in {PHASE.name}; check the input")
+
+
 def answers(p_atypical: Sequence[float], threshold: float) -> list[dict[str, Any]]:
-    """One {"class", "confidence"} per page; confidence is always P(atypical), at full precision."""
-    return [{"class": class_of(p, threshold), "confidence": float(p)} for p in p_atypical]
+    """One {"class", "confidence"} per page; confidence is the phase's P(positive), at full precision."""
+    confidences = [PHASE.confidence(p) for p in p_atypical]
+    return [{"class": PHASE.class_of(p, threshold), "confidence": p} for p in confidences]
 
 
-def check_answers(found: Any, pages: int, threshold: float | None = None) -> None:
-    """ValueError unless the evaluator accepts `found` for `pages` pages and each class follows from `threshold`."""
-    if not isinstance(found, list) or len(found) != pages:
+def check_answers(answers: Any, pages: int, threshold: float | None = None) -> None:
+    """ValueError unless the evaluator accepts `answers` for `pages` pages and each class follows from `threshold`."""
+    if not isinstance(answers, list) or len(answers) != pages:
         raise ValueError(
-            f"found {len(found) if isinstance(found, list) else type(found).__name__} answers for {pages} pages"
+            f"found {len(answers) if isinstance(answers, list) else type(answers).__name__} answers for {pages} pages"
         )
-    for page, answer in enumerate(found):
+    for page, answer in enumerate(answers):
         if not isinstance(answer, dict) or set(answer) != {"class", "confidence"}:
             raise ValueError(f"page {page}: found {answer!r:.80}; expected class and confidence")
         label, p = answer["class"], answer["confidence"]
-        if label not in CLASSES:
-            raise ValueError(f"page {page}: class is {label!r:.80}; expected normal or atypical")
+        if label not in PHASE.classes:
+            raise ValueError(f"page {page}: class is {label!r:.80}; expected {' or '.join(PHASE.classes)}")
         if type(p) is not float or not math.isfinite(p) or not 0 <= p <= 1:
             raise ValueError(f"page {page}: confidence is {p!r:.80}; expected a float in [0, 1]")
-        if threshold is not None and label != class_of(p, threshold):
+        if threshold is not None and label != PHASE.class_of(p, threshold):
             raise ValueError(f"page {page}: class {label} contradicts confidence {p} at threshold {threshold}")
 
 

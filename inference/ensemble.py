@@ -19,8 +19,8 @@ from .checksums import check_ensemble, check_hashes
 from .device import DTYPES, choose_device, choose_precision, keep_freed_memory
 from .errors import UserError
 from .exits import is_device_memory
-from .manifest import TTA_VIEWS, Manifest, load_manifest
-from .models import logits
+from .manifest import TTA_VIEWS, Manifest, ensemble_folder, load_manifest
+from .models import logits, widest_layer
 from .preprocess import Preprocess, to_batch, views
 from .weights import Weights
 
@@ -64,7 +64,7 @@ def combine(member_logits: Sequence[np.ndarray], about: Manifest, recomputed: in
     return Prediction(p, member_p, fold_p, tuple(member_logits), recomputed)
 
 
-class Member:
+class LoadedMember:
     """One base with its folds on a device: fused when it first predicts, and dropped by `free`."""
 
     def __init__(
@@ -89,7 +89,9 @@ class Member:
             start = time.perf_counter()
             shared = self._shared.setdefault(self.base, {})
             folds = list(self.about.folds)
-            self._weights = Weights(self.about.base, folds, self.device, DTYPES[self.precision], shared)
+            dtype = DTYPES[self.precision]
+            how = self.about.positions, self.about.head
+            self._weights = Weights(self.about.base, folds, self.device, dtype, shared, *how)
             self.weights_seconds += time.perf_counter() - start
         return self._weights
 
@@ -98,7 +100,7 @@ class Member:
         """The key of the tensors that it shares: members with the same base and precision hold them once."""
         return self.about.base, self.precision
 
-    def free(self, later: Sequence[Member]) -> None:
+    def free(self, later: Sequence[LoadedMember]) -> None:
         """Drop the folds' weights, and the base's unless a later member needs them."""
         self._weights = None
         if all(self.base != member.base for member in later):
@@ -136,16 +138,8 @@ class Member:
 
     def _first_batch(self, tta: str) -> int:
         """Crops per pass, from the widest layer's activations."""
-        size, folds = self.preprocess.size, len(self.about.folds)
-        if not self.backbone.heads:  # a convolutional network: about 96 channels at half the side, shared by most folds
-            values = 96 * (size // 2) ** 2
-        else:
-            _, _, patch, _ = self.weights.shape("patch_embed.proj.weight")
-            names = ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc1_g.weight", "blocks.0.attn.qkv.weight")
-            widths = [self.weights.shape(name)[0] for name in names if name in self.weights.names]
-            values = folds * (size // patch) ** 2 * max(widths)
-        values *= TTA_VIEWS[tta] * self.weights.dtype.itemsize
-        return max(1, WIDEST[self.device.type] // values)
+        values = widest_layer(self.weights, self.backbone, self.preprocess.size)
+        return max(1, WIDEST[self.device.type] // (values * TTA_VIEWS[tta] * self.weights.dtype.itemsize))
 
     @torch.inference_mode()
     def _logits(self, crops: Sequence[np.ndarray], tta: str, weights: Weights) -> np.ndarray:
@@ -187,23 +181,26 @@ class Ensemble:
         self.manifest = manifest
         self.device = choose_device(device)
         shared: dict[Any, dict[Any, Any]] = {}
-        self.members = [Member(about, self.device, precision, shared) for about in manifest.members]
+        self.members = [LoadedMember(about, self.device, precision, shared) for about in manifest.members]
         self.checks, self.keep = checks, keep
         if self.device.type == "cpu":
             keep_freed_memory()
 
     @classmethod
-    def load(cls, folder: Path, device: str = "auto", precision: str = "auto") -> Ensemble:
-        """Read, validate and hash-check the ensemble in `folder`. UserError where anything is missing or altered."""
-        manifest = load_manifest(Path(folder))
+    def load(cls, folder: str | Path, device: str = "auto", precision: str = "auto") -> Ensemble:
+        """Read, validate and hash-check the ensemble in `folder`, or the bundled one of that name, such as "default".
+
+        UserError where anything is missing or altered.
+        """
+        manifest = load_manifest(ensemble_folder(folder))
         check_ensemble(manifest)
         return cls(manifest, device, precision)
 
     @property
     def precision(self) -> str:
         """Of all members: one name, or one for each where they differ."""
-        found = [member.precision for member in self.members]
-        return found[0] if len(set(found)) == 1 else "+".join(found)
+        precisions = [member.precision for member in self.members]
+        return precisions[0] if len(set(precisions)) == 1 else "+".join(precisions)
 
     @property
     def device_name(self) -> str:
@@ -220,11 +217,11 @@ class Ensemble:
         if not len(crops):
             raise UserError("found no crops; expected one or more; check the input")
         before = sum(member.recomputed for member in self.members)
-        found = []
+        logits = []
         for number, member in enumerate(self.members):
             if number < len(self.checks):
                 self.checks[number].result()
-            found.append(member.predict(crops, tta or member.about.tta))
+            logits.append(member.predict(crops, tta or member.about.tta))
             if not self.keep:
                 member.free(self.members[number + 1 :])
-        return combine(found, self.manifest, sum(member.recomputed for member in self.members) - before)
+        return combine(logits, self.manifest, sum(member.recomputed for member in self.members) - before)

@@ -63,6 +63,11 @@ def describe(error: Exception) -> str:
     text = str(error)
     if is_memory(error):
         text = "out of memory; expected the job to fit into its limit; raise the limit or use a smaller stack"
+    elif isinstance(error, ModuleNotFoundError):
+        text = (
+            f"package {error.name} is not installed; expected what midog-lora was installed with; run 'pip install "
+            f"{error.name}', or ./build.sh --engine native in a clone"
+        )
     elif not isinstance(error, UserError):
         with contextlib.suppress(OSError, ValueError):
             traceback.print_exception(error, file=sys.stdout)

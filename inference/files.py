@@ -64,12 +64,18 @@ def write_whole(file: Path, data: bytes | str, *, sync: bool = False) -> None:
         partial.unlink(missing_ok=True)
 
 
-def claim(stream: IO[Any] | int, place: Path) -> None:
-    """Lock an open file for this process. UserError, naming the output `place`, if another run holds it."""
+def begins_with(text: str, file: Path) -> bool:
+    """Whether `file` begins with `text`, as one of ours does. OSError where it cannot be read."""
+    with file.open("rb") as stream:
+        return stream.read(len(text.encode())) == text.encode()
+
+
+def claim(stream: IO[Any] | int, output: Path) -> None:
+    """Lock an open file for this process. UserError, naming the `output`, if another run holds it."""
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"another run is writing to {place}; expected one at a time; wait, or name another") from None
+        raise UserError(f"another run is writing to {output}; expected one at a time; wait, or name another") from None
     except OSError:
         pass  # a file system without locks
 

@@ -14,19 +14,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import START
 from .checksums import start_checks
 from .commandline import add_ensemble_options
-from .contract import find_stack, remove_answers, write_answers
+from .contract import check_pages, find_stack, remove_answers, write_answers
 from .errors import UserError
 from .exits import check_memory_limit, log, stderr_in_log
 from .files import write_whole
 from .labels import class_of
 from .manifest import default_ensemble, load_manifest
+from .phase import PHASE
 
 if TYPE_CHECKING:
     from .ensemble import Ensemble, Prediction
-
-START = time.perf_counter()
 
 
 class Clock:
@@ -43,20 +43,18 @@ class Clock:
 
 
 def answer_stack(
-    input_dir: Path, output_dir: Path, start: Callable[[], Callable[[], Ensemble]], clock: Clock
+    input_dir: Path, output_dir: Path, ready: Callable[[], Ensemble], clock: Clock
 ) -> tuple[Ensemble, Prediction]:
-    """Answer the stack in `input_dir` and write to `output_dir`; UserError, and no answers, if that fails.
+    """Answer the stack in `input_dir` and write to `output_dir`, where an earlier job's answers have been removed.
 
-    start: called once an earlier job's answers are removed; starts opening the ensemble and returns a function that
-    waits for it, so that the stack is read in the meantime.
+    UserError, and no answers, if that fails. ready: waits for the ensemble; called once the stack is read
     """
-    remove_answers(output_dir)
-    ready = start()
     # the decoder is imported only once there is a stack to decode
     stack = find_stack(input_dir)
     from .imageio.stack import read_stack
 
     crops = read_stack(stack)
+    check_pages(stack, len(crops))
     clock.mark("input")
     ensemble = ready()
     clock.mark("load")
@@ -87,23 +85,20 @@ def run(options: argparse.Namespace) -> None:
     """Run one job from input folder to answers, and log what it computed with and how long each phase took."""
     clock = Clock(START)
 
-    def start() -> Callable[[], Ensemble]:
-        manifest = load_manifest(options.weights or default_ensemble())
-        checks = start_checks(manifest)  # in a thread, while this one reads the stack and imports PyTorch
+    def ready() -> Ensemble:
+        check_memory_limit()
+        import torch  # noqa: F401
 
-        def ready() -> Ensemble:
-            check_memory_limit()
-            import torch  # noqa: F401
+        clock.mark("import")
+        from .ensemble import Ensemble
 
-            clock.mark("import")
-            from .ensemble import Ensemble
-
-            return Ensemble(manifest, options.device, options.precision, checks=checks, keep=False)
-
-        return ready
+        return Ensemble(manifest, options.device, options.precision, checks=checks, keep=False)
 
     with stderr_in_log():
-        ensemble, prediction = answer_stack(options.input, options.output, start, clock)
+        remove_answers(options.output)
+        manifest = load_manifest(options.weights or default_ensemble())
+        checks = start_checks(manifest)  # in a thread, while this one reads the stack and imports PyTorch
+        ensemble, prediction = answer_stack(options.input, options.output, ready, clock)
         log_summary(ensemble, prediction, clock)
         if options.details:
             try:
@@ -117,12 +112,15 @@ def run(options: argparse.Namespace) -> None:
 
 def log_summary(ensemble: Ensemble, prediction: Prediction, clock: Clock) -> None:
     manifest = ensemble.manifest
-    log(f"ensemble {manifest.name}, device {ensemble.device_name}, pages {len(prediction.p_atypical)}")
+    log(
+        f"ensemble {manifest.name}, device {ensemble.device_name}, pages {len(prediction.p_atypical)}, "
+        f"phase {PHASE.name}"
+    )
     for member in ensemble.members:
-        about = member.about
-        weight = f", weight {about.weight:g}" if len(manifest.members) > 1 else ""
+        entry = member.about
+        weight = f", weight {entry.weight:g}" if len(manifest.members) > 1 else ""
         log(
-            f"member {about.name}: {about.backbone}, {len(about.folds)} folds, tta {about.tta}, precision "
+            f"member {entry.name}: {entry.backbone}, {len(entry.folds)} folds, tta {entry.tta}, precision "
             f"{member.precision}{weight}, {member.seconds:.3f} seconds ({member.weights_seconds:.3f} for its weights)"
         )
     log("seconds " + ", ".join(f"{phase} {value:.3f}" for phase, value in clock.seconds.items()))
@@ -130,17 +128,19 @@ def log_summary(ensemble: Ensemble, prediction: Prediction, clock: Clock) -> Non
 
 def details(ensemble: Ensemble, prediction: Prediction, clock: Clock) -> dict[str, Any]:
     """What --details writes: the run, its members, and the probabilities of each page, by member and by fold."""
+    from .answers import Answer
+
     threshold = ensemble.manifest.threshold
     pages = [
         {
             "page": n,
-            "class": class_of(p, threshold),
-            "p_atypical": p,
-            "member_p": prediction.member_p[:, n].tolist(),
-            "fold_p": prediction.fold_p[:, n].tolist(),
-            "spread": float(prediction.spread[n]),
+            "class": class_of(answer.p_atypical, threshold),
+            "p_atypical": answer.p_atypical,
+            "member_p": list(answer.member_p or [answer.p_atypical]),
+            "fold_p": list(answer.fold_p),
+            "spread": answer.spread,
         }
-        for n, p in enumerate(prediction.p_atypical.tolist())
+        for n, answer in enumerate(Answer.of(prediction))
     ]
     members = [
         {

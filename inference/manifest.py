@@ -1,27 +1,34 @@
 """The manifest of an ensemble folder, `ensemble.json`: everything a probability depends on, validated when loaded.
 
-Format 2 lists members: each is a base with its folds, preprocessing, pooling and views. Format 1 describes an ensemble
-with one base at the top level, in the same terms, and opens as an ensemble of one member.
+An ensemble lists members: each is a base with its folds, preprocessing, pooling and views. That is format 2, the one
+that is written. Format 1 described an ensemble with one base at the top level, in the same terms: `upgraded` reads it.
 Standard library only: a job reads it while PyTorch is still being imported.
 """
 
 from __future__ import annotations
 
 import math
-import re
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .fields import check, is_number, is_plain_name, is_sha256, is_share, is_side, is_title, is_triple
 from .files import read_json
+from .head import HeadLayer, read_head
 
 FILE = "ensemble.json"
 FORMATS = (1, 2)
-BASES = Path(__file__).resolve().parent.parent / "weights" / "bases"  # shared by all ensembles of this tree
+WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
+# Shared by all ensembles of this tree. Where the package is installed (then as midog_lora.inference) its own folder may
+# be read-only and goes with the next version, so there they belong to the user.
+BASES = WEIGHTS / "bases"
+if __name__.partition(".")[0] != "inference":
+    BASES = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share", "midog-lora", "bases")
 MODEL_TARBALL = Path("/opt/ml/model")  # where the platform unpacks an uploaded model
-BUNDLED = Path(__file__).resolve().parent.parent / "weights" / "default"
+BUNDLED = WEIGHTS / "default"
 MAX_MEMBERS, MAX_FOLDS = 8, 64
 PICKLES = (".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".p", ".pickle", ".pkl", ".pt", ".pt2", ".pth")
 
@@ -30,6 +37,9 @@ KERNELS = ("bilinear", "bicubic")
 TTA_VIEWS = {"none": 1, "rot4": 4, "d4": 8}  # d4: the eight symmetries of the square
 AVERAGING = ("logit", "probability")
 PRECISIONS = ("fp32", "fp16", "bf16")
+# How learned positions are resampled to another grid: as timm does it, also where a manifest does not say it, or
+# without antialiasing, as `transformers` does.
+POSITIONS = ("antialiased", "plain")
 
 # key: (type, accepts)
 _MEMBER: dict[str, tuple[Any, Any]] = {
@@ -43,7 +53,7 @@ _MEMBER: dict[str, tuple[Any, Any]] = {
     "licence": (dict, None),
 }
 _WHOLE: dict[str, tuple[Any, Any]] = {
-    "name": (str, lambda v: is_title(v)),
+    "name": (str, is_title),
     "averaging": (str, AVERAGING),
     "temperature": (float, lambda v: 0 < v < math.inf),
     "threshold": (float, lambda v: 0 < v < 1),
@@ -59,6 +69,8 @@ class Member:
     preprocess: crop (pixels or None), size, kernel, mean, std, as `inference.preprocess.Preprocess` takes them
     precision: for each by name, the largest measured difference of P(atypical) from fp32, or None if not allowed
     files: its folds' files with their hashes
+    positions: how learned positions are resampled to the input's grid, one of POSITIONS
+    head: the layers of a head that is more than one linear layer, else ()
     """
 
     name: str
@@ -73,6 +85,8 @@ class Member:
     tta: str
     precision: dict[str, float | None]
     licence: dict[str, Any]
+    positions: str = POSITIONS[0]
+    head: tuple[HeadLayer, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,12 +124,22 @@ def default_ensemble() -> Path:
     return MODEL_TARBALL if uploaded else BUNDLED
 
 
+def ensemble_folder(name: str | Path) -> Path:
+    """The folder that a user names: a path, or the name of a bundled ensemble where no path has it, such as "fast"."""
+    folder = Path(name)
+    bundled = WEIGHTS / folder
+    return bundled if len(folder.parts) == 1 and not folder.exists() and holds_ensemble(bundled) else folder
+
+
 def holds_ensemble(folder: Path) -> bool:
     return (folder / FILE).is_file()
 
 
-def load_manifest(folder: Path) -> Manifest:
-    """Read and validate `folder`/ensemble.json; no other file is opened. UserError says what is wrong and where."""
+def load_manifest(folder: Path, *, with_bases: bool = True) -> Manifest:
+    """Read and validate `folder`/ensemble.json; no other file is opened. UserError says what is wrong and where.
+
+    with_bases: refuse it unless the base weights are here too; without, a base is where it would lie in the folder
+    """
     file = folder / FILE
     try:
         content = read_json(file, "export the ensemble again")
@@ -124,12 +148,13 @@ def load_manifest(folder: Path) -> Manifest:
             f"no {FILE} in {folder}; expected an ensemble folder; make one with 'training export'"
         ) from None
     if not isinstance(content, dict) or content.get("format") not in FORMATS:
-        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        version = content.get("format") if isinstance(content, dict) else type(content).__name__
         wanted = " or ".join(map(str, FORMATS))
-        raise UserError(f"{file} has format {found!r:.80}; expected {wanted}; export the ensemble again")
+        raise UserError(f"{file} has format {version!r:.80}; expected {wanted}; export the ensemble again")
+    content = upgraded(content)
     for key, (kind, accepts) in _WHOLE.items():
-        _check(file, key, content.get(key), kind, accepts)
-    members = _members(folder, file, content)
+        check(file, key, content.get(key), kind, accepts)
+    members = _members(folder, file, content, with_bases)
     _refuse_pickles([folder, *(fold for member in members for fold in member.folds)])
     return Manifest(
         folder=folder,
@@ -142,66 +167,82 @@ def load_manifest(folder: Path) -> Manifest:
     )
 
 
-def _members(folder: Path, file: Path, content: dict[str, Any]) -> tuple[Member, ...]:
-    if content["format"] == 1:
-        return (_member(folder, file, content | {"name": content.get("backbone")}, 1.0, ""),)
+def upgraded(content: dict[str, Any]) -> dict[str, Any]:
+    """A manifest's content in format 2: that of format 1 as one member, called like its backbone."""
+    if content["format"] != 1:
+        return content
+    entry = {"name": content.get("backbone")} | {key: content[key] for key in _MEMBER if key in content}
+    whole = {key: content[key] for key in _WHOLE if key in content}
+    provenance = whole.get("provenance")
+    if isinstance(provenance, dict) and {"recipe", "data"} <= provenance.keys():
+        scores = provenance.get("out_of_fold", {})
+        auc = scores.get("same_crops", scores).get("auc")  # versions before nested scores had but one
+        of_member = {"recipe": provenance["recipe"], "data": provenance["data"], "auc": auc}
+        others = {key: value for key, value in provenance.items() if key not in ("recipe", "data")}
+        whole["provenance"] = {"members": {str(entry["name"]): of_member}} | others
+    return {"format": 2, "members": [entry], "weights": [1.0]} | whole
+
+
+def _members(folder: Path, file: Path, content: dict[str, Any], with_bases: bool) -> tuple[Member, ...]:
     entries, weights = content.get("members"), content.get("weights")
     if not isinstance(entries, list) or not 1 <= len(entries) <= MAX_MEMBERS:
-        raise UserError(f"{file}: members is {entries!r:.80}; expected a list of 1 to {MAX_MEMBERS}; combine again")
+        raise UserError(f"{file}: members is {entries!r:.80}; expected a list of 1 to {MAX_MEMBERS}; export again")
     if (
         not isinstance(weights, list)
         or len(weights) != len(entries)
-        or not all(map(_is_share, weights))
+        or not all(map(is_share, weights))
         or (not math.isclose(sum(weights), 1, abs_tol=1e-6))
     ):
         raise UserError(
-            f"{file}: weights is {weights!r:.80}; expected a positive number for each member, 1 in all; combine again"
+            f"{file}: weights is {weights!r:.80}; expected a positive number for each member, 1 in all; export again"
         )
     members = []
     for number, (entry, weight) in enumerate(zip(entries, weights, strict=True)):
         where = f"members[{number}]"
-        _check(file, where, entry, dict, None)
-        _check(file, f"{where}.name", entry.get("name"), str, _is_plain_name)
-        members.append(_member(folder, file, entry, weight / sum(weights), f"{where}."))
+        check(file, where, entry, dict, None)
+        check(file, f"{where}.name", entry.get("name"), str, is_plain_name)
+        members.append(_member(folder, file, entry, weight / sum(weights), f"{where}.", with_bases))
     if len({member.name for member in members}) < len(members):
-        raise UserError(f"{file}: two members have the same name; expected different names; combine again")
+        raise UserError(f"{file}: two members have the same name; expected different names; export again")
     folders = [fold for member in members for fold in member.folds]
     if len(set(folders)) < len(folders):
-        raise UserError(f"{file}: two members share a fold's folder; expected a separate one for each; combine again")
+        raise UserError(f"{file}: two members share a fold's folder; expected a separate one for each; export again")
     digests: dict[Path, str] = {}
     for member in members:
         if digests.setdefault(member.base, member.base_sha256) != member.base_sha256:
-            raise UserError(f"{file}: {member.base.name} has two hashes; expected one; combine again")
+            raise UserError(f"{file}: {member.base.name} has two hashes; expected one; export again")
     return tuple(members)
 
 
-def _member(folder: Path, file: Path, entry: dict[str, Any], weight: float, where: str) -> Member:
+def _member(folder: Path, file: Path, entry: dict[str, Any], weight: float, where: str, with_bases: bool) -> Member:
     """One member; messages put `where` before its keys."""
     for key, (kind, accepts) in _MEMBER.items():
-        _check(file, where + key, entry.get(key), kind, accepts)
+        check(file, where + key, entry.get(key), kind, accepts)
+    positions = entry.get("positions", POSITIONS[0])
+    check(file, f"{where}positions", positions, str, POSITIONS)
     base = entry["base"]
-    _check(file, f"{where}base.file", base.get("file"), str, lambda v: _is_plain_name(v) and v.endswith(".safetensors"))
-    _check(file, f"{where}base.sha256", base.get("sha256"), str, _is_sha256)
+    check(file, f"{where}base.file", base.get("file"), str, lambda v: is_plain_name(v) and v.endswith(".safetensors"))
+    check(file, f"{where}base.sha256", base.get("sha256"), str, is_sha256)
     if not 1 <= len(entry["folds"]) <= MAX_FOLDS:
         raise UserError(
-            f"{file}: {len(entry['folds'])} {where}folds; expected 1 to {MAX_FOLDS}; export the ensemble again"
+            f"{file}: {where[:-1]} has {len(entry['folds'])} folds; expected 1 to {MAX_FOLDS}; export it again"
         )
     _check_preprocess(file, where, entry["preprocess"])
     folds: list[Path] = []
     files: dict[Path, str] = {}
     for number, fold in enumerate(entry["folds"]):
-        place = f"{where}folds[{number}]"
-        _check(file, place, fold, dict, None)
-        _check(file, f"{place}.folder", fold.get("folder"), str, _is_plain_name)
-        _check(file, f"{place}.sha256", fold.get("sha256"), dict, None)
+        of_fold = f"{where}folds[{number}]"
+        check(file, of_fold, fold, dict, None)
+        check(file, f"{of_fold}.folder", fold.get("folder"), str, is_plain_name)
+        check(file, f"{of_fold}.sha256", fold.get("sha256"), dict, None)
         for name in ("adapter_config.json", "adapter_model.safetensors"):
-            _check(file, f"{place}.sha256[{name!r}]", fold["sha256"].get(name), str, _is_sha256)
+            check(file, f"{of_fold}.sha256[{name!r}]", fold["sha256"].get(name), str, is_sha256)
             files[folder / fold["folder"] / name] = fold["sha256"][name]
         if folder / fold["folder"] in folds:
             raise UserError(f"{file}: folder {fold['folder']} is listed twice; expected one fold each; export again")
         folds.append(folder / fold["folder"])
     for name, drift in entry["precision"].items():
-        if name not in PRECISIONS or not (drift is None or _is_number(drift)):
+        if name not in PRECISIONS or not (drift is None or is_number(drift)):
             raise UserError(
                 f"{file}: {where}precision {name!r:.40}: {drift!r:.40} is not valid; expected fp32, bf16 or fp16 "
                 "with a number; export again"
@@ -211,7 +252,7 @@ def _member(folder: Path, file: Path, entry: dict[str, Any], weight: float, wher
         weight=weight,
         backbone=entry["backbone"],
         pool=entry["pool"],
-        base=_find_base(folder, base["file"]),
+        base=_find_base(folder, base["file"]) if with_bases else folder / base["file"],
         base_sha256=base["sha256"],
         preprocess=entry["preprocess"],
         folds=tuple(folds),
@@ -219,32 +260,9 @@ def _member(folder: Path, file: Path, entry: dict[str, Any], weight: float, wher
         tta=entry["tta"],
         precision=entry["precision"],
         licence=entry["licence"],
+        positions=positions,
+        head=read_head(file, f"{where}head", entry.get("head")),
     )
-
-
-def is_title(text: str) -> bool:
-    """Whether an ensemble may be called so: it is printed in logs, and names the files of an export."""
-    return text.isprintable() and 0 < len(text) <= 100 and "/" not in text and not text.startswith(".")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_share(value: Any) -> bool:
-    return _is_number(value) and 0 < value <= 1
-
-
-def _is_side(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 8 <= value <= 4096
-
-
-def _is_triple(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))
-
-
-def _is_plain_name(name: str) -> bool:
-    return bool(re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", name))  # cannot lead out of the folder
 
 
 def _refuse_pickles(folders: list[Path]) -> None:
@@ -257,28 +275,13 @@ def _refuse_pickles(folders: list[Path]) -> None:
                 )
 
 
-def _is_sha256(text: str) -> bool:
-    return len(text) == 64 and set(text) <= set("0123456789abcdef")
-
-
-def _check(file: Path, key: str, value: Any, kind: Any, accepts: Any) -> None:
-    right = _is_number(value) if kind is float else isinstance(value, kind)
-    if right and callable(accepts):
-        right = accepts(value)
-    elif right and accepts:
-        right = value in accepts
-    if not right:
-        wanted = f"one of {', '.join(accepts)}" if isinstance(accepts, tuple) else f"a valid {kind.__name__}"
-        raise UserError(f"{file}: {key} is {value!r:.80}; expected {wanted}; export the ensemble again")
-
-
 def _check_preprocess(file: Path, where: str, preprocess: dict[str, Any]) -> None:
     rules: dict[str, Callable[[Any], bool]] = {
-        "crop": lambda v: v is None or _is_side(v),
-        "size": _is_side,
+        "crop": lambda v: v is None or is_side(v),
+        "size": is_side,
         "kernel": lambda v: v in KERNELS,
-        "mean": _is_triple,
-        "std": lambda v: _is_triple(v) and min(v) > 0,
+        "mean": is_triple,
+        "std": lambda v: is_triple(v) and min(v) > 0,
     }
     for key in sorted(rules.keys() ^ preprocess.keys()):
         raise UserError(

@@ -5,7 +5,8 @@ The test harness has its own copy of the official ones on purpose: it judges ind
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -71,24 +72,59 @@ def roc_curve(labels: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.nd
     return np.append(0, fp / max(1, fp[-1])), np.append(0, tp / max(1, tp[-1]))
 
 
-def scores(labels: np.ndarray, p: np.ndarray, threshold: float) -> dict[str, float]:
-    """All metrics of P(atypical) (N,), called atypical at or above `threshold`."""
-    called = p >= threshold
+def precision_recall(labels: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(recall, precision) at every cut between different values, recall rising from 0; precision begins at 1."""
+    order = np.argsort(-values, kind="stable")
+    positive = labels[order] == 1
+    last = np.append(np.diff(values[order]) != 0, True)  # ties move together
+    tp, called = np.cumsum(positive)[last], np.flatnonzero(last) + 1
+    return np.append(0, tp / max(1, positive.sum())), np.append(1, tp / called)
+
+
+def average_precision(labels: np.ndarray, values: np.ndarray) -> float:
+    """Mean precision over the recalls that are gained, without interpolation; NaN without atypical crops."""
+    if not (labels == 1).any():
+        return float("nan")
+    recall, precision = precision_recall(labels, values)
+    return float((np.diff(recall) * precision[1:]).sum())
+
+
+def net_benefit(labels: np.ndarray, called: np.ndarray, cut: float) -> float:
+    """True positives a crop, less false ones at the odds of `cut`, the P(atypical) from which one would act.
+
+    Vickers and Elkin, Medical Decision Making 26 (2006) 565.
+    """
+    return float((called & (labels == 1)).mean() - (called & (labels == 0)).mean() * cut / (1 - cut))
+
+
+def scores_of_calls(labels: np.ndarray, p: np.ndarray, called: np.ndarray) -> dict[str, float]:
+    """All metrics of P(atypical) (N,) and of the calls (N,)."""
     return {
         "balanced_accuracy": balanced_accuracy(labels, called),
         "sensitivity": sensitivity(labels, called),
         "specificity": specificity(labels, called),
         "auc": roc_auc(labels, p),
+        "average_precision": average_precision(labels, p),
         "brier": brier(labels, p),
         "ece": ece(labels, p),
     }
 
 
-def group_bootstrap(groups: np.ndarray, resamples: int, seed: int = 0) -> Sequence[np.ndarray]:
+def scores(labels: np.ndarray, p: np.ndarray, threshold: float) -> dict[str, float]:
+    """All metrics of P(atypical) (N,), called atypical at or above `threshold`."""
+    return scores_of_calls(labels, p, p >= threshold)
+
+
+def group_bootstrap(groups: np.ndarray, resamples: int, seed: int = 0) -> Iterator[np.ndarray]:
     """Resamples as index arrays: groups drawn with replacement, because crops of one slide are not independent."""
     g = np.random.default_rng(seed)
-    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
-    return [np.concatenate([members[m] for m in g.integers(len(members), size=len(members))]) for _ in range(resamples)]
+    _, number, count = np.unique(groups, return_inverse=True, return_counts=True)
+    order, first = np.argsort(number, kind="stable"), np.cumsum(count) - count  # crops by group, where each begins
+    for _ in range(resamples):
+        drawn = g.integers(len(count), size=len(count))
+        sizes = count[drawn]
+        within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        yield order[np.repeat(first[drawn], sizes) + within]
 
 
 def intervals(
@@ -96,13 +132,19 @@ def intervals(
 ) -> dict[str, tuple[float, float]]:
     """95% interval of each metric, bootstrapped over groups; NaN with fewer than two groups or too few of a class."""
     drawn = [scores(labels[i], p[i], threshold) for i in group_bootstrap(groups, resamples)]
-    result = {}
-    for name in drawn[0]:
-        values = np.array([one[name] for one in drawn])
-        enough = len(np.unique(groups)) > 1 and np.isfinite(values).mean() > 0.9
-        low, high = np.nanquantile(values, [0.025, 0.975]) if enough else (np.nan, np.nan)
-        result[name] = (float(low), float(high))
-    return result
+    several = len(np.unique(groups)) > 1
+    return {
+        name: interval(np.array([each[name] for each in drawn])) if several else (math.nan, math.nan)
+        for name in drawn[0]
+    }
+
+
+def interval(drawn: np.ndarray) -> tuple[float, float]:
+    """95% interval of a value by its resamples; NaN where too many have none, as with too few crops of a class."""
+    if np.isfinite(drawn).mean() <= 0.9:
+        return math.nan, math.nan
+    low, high = np.nanquantile(drawn, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def best_threshold(labels: np.ndarray, values: np.ndarray) -> tuple[float, float]:

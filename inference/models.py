@@ -44,8 +44,9 @@ def conv2d(
     if weight.ndim == 4:
         out = F.conv2d(x.flatten(0, 1), weight, bias, stride, padding, groups=groups)
         return torch.unflatten(out, 0, x.shape[:2])
+    biases = [bias if bias is None or bias.ndim == 1 else bias[f] for f in range(len(weight))]
     return torch.stack(
-        [F.conv2d(x[f % len(x)], kernel, bias, stride, padding, groups=groups) for f, kernel in enumerate(weight)]
+        [F.conv2d(x[f % len(x)], kernel, biases[f], stride, padding, groups=groups) for f, kernel in enumerate(weight)]
     )
 
 
@@ -58,6 +59,11 @@ def layer_norm(x: torch.Tensor, w: Weights, name: str, eps: float) -> torch.Tens
 def add(x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """x + scale * y on the residual stream, in place unless y is the first with a fold axis."""
     return x.addcmul_(y, scale) if x.shape == y.shape else torch.addcmul(x, y, scale)
+
+
+def layer_scale(w: Weights, name: str, like: torch.Tensor) -> torch.Tensor:
+    """A branch's factors (C,), or 1 where the backbone has no LayerScale, as the original ViT."""
+    return w.fp32(name) if name in w.names else like.new_ones((), dtype=torch.float32)
 
 
 def dense(x: torch.Tensor, w: Weights, name: str) -> torch.Tensor:
@@ -82,7 +88,11 @@ def attention(
     folds = range(len(weight) if weight.ndim == 3 else len(x))
     out = []
     for f in folds:
-        qkv = F.linear(x[f % len(x)], weight[f] if weight.ndim == 3 else weight, bias)
+        qkv = F.linear(
+            x[f % len(x)],
+            weight[f] if weight.ndim == 3 else weight,
+            bias[f] if bias is not None and bias.ndim == 2 else bias,
+        )
         q, k, v = torch.unflatten(qkv, -1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, T, C / heads)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
@@ -137,7 +147,7 @@ def dinov3_rope(grid: int, head_dim: int, device: torch.device) -> tuple[torch.T
 
 
 def position_embedding(w: Weights, grid: int, prefix: int) -> torch.Tensor:
-    """The learned positions (1, T, C) in fp32, resampled as timm does where the grid is not the base's own."""
+    """The learned positions (1, T, C) in fp32, resampled as the manifest says where the grid is not the base's own."""
     table = w.fp32("pos_embed")
     native = math.isqrt(table.shape[1])
     prefix = 0 if native**2 == table.shape[1] else prefix
@@ -145,7 +155,7 @@ def position_embedding(w: Weights, grid: int, prefix: int) -> torch.Tensor:
     if native == grid:
         return table
     square = torch.unflatten(table[:, prefix:], 1, (native, native)).permute(0, 3, 1, 2)
-    square = F.interpolate(square, (grid, grid), mode="bicubic", antialias=True)
+    square = F.interpolate(square, (grid, grid), mode="bicubic", antialias=w.positions == "antialiased")
     return torch.cat([table[:, :prefix], square.flatten(2).mT], 1)
 
 
@@ -175,9 +185,9 @@ def vit(x: torch.Tensor, w: Weights, backbone: Backbone, pool: str) -> torch.Ten
         # the last block's output is needed only for the tokens that are pooled
         queries = 1 if pool == "token" and n == depth - 1 else None
         y = attention(layer_norm(x, w, f"{block}.norm1", eps), w, f"{block}.attn", heads, rope, queries)
-        x = add(x[:, :, :queries], y, w.fp32(f"{block}.{scale[0]}"))
+        x = add(x[:, :, :queries], y, layer_scale(w, f"{block}.{scale[0]}", y))
         y = mlp(layer_norm(x, w, f"{block}.norm2", eps), w, f"{block}.mlp")
-        x = add(x, y, w.fp32(f"{block}.{scale[1]}"))
+        x = add(x, y, layer_scale(w, f"{block}.{scale[1]}", y))
     x = F.layer_norm(x, x.shape[-1:], w.fp32("norm.weight"), w.fp32("norm.bias"), eps)
     parts = {"token": x[:, :, 0], "avg": x[:, :, count:].mean(2)} if pool != "token" else {"token": x[:, :, 0]}
     return torch.cat([parts[part] for part in pool.split("+")], -1)
@@ -255,8 +265,34 @@ def other(x: torch.Tensor, w: Weights, backbone: Backbone, pool: str) -> torch.T
 FORWARDS = {"vit": vit, "dinov3": vit, "efficientnet": efficientnet, "other": other}
 
 
+def widest_layer(w: Weights, backbone: Backbone, size: int) -> int:
+    """Values of the widest layer's activations for one view of side `size`, of all folds together."""
+    if not backbone.heads:  # a convolutional network: about 96 channels at half the side, shared by most folds
+        return 96 * (size // 2) ** 2
+    *_, patch = w.shape("patch_embed.proj.weight")
+    names = ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc1_g.weight", "blocks.0.attn.qkv.weight")
+    widest = max(w.shape(name)[0] for name in names if name in w.names)
+    return len(w.adapters) * (size // patch) ** 2 * widest
+
+
 def logits(x: torch.Tensor, w: Weights, backbone: Backbone, pool: str) -> torch.Tensor:
     """A normalised batch (B, 3, S, S) to fp32 logits (F, B), one per fold; the head is applied in fp32."""
     features = FORWARDS[backbone.family](x, w, backbone, pool)
+    if w.head:
+        return head(features, w)[..., 0]
     weight, bias = w.fp32("head.weight"), w.fp32("head.bias")  # (F, 1, C), (F, 1)
     return linear(features, weight, bias)[..., 0]
+
+
+def head(x: torch.Tensor, w: Weights) -> torch.Tensor:
+    """A head of several layers, of every fold its own: pooled features (G, B, C) to (F, B, 1)."""
+    for n, layer in enumerate(w.head):
+        if not layer.tensors:
+            x = getattr(F, layer.kind)(x)
+            continue
+        weight, bias = w.fp32(f"head.{n}.weight"), w.fp32(f"head.{n}.bias")
+        if layer.kind == "linear":
+            x = linear(x, weight, bias)
+        else:  # torch's own takes one weight for all folds
+            x = F.layer_norm(x, x.shape[-1:], eps=layer.eps) * weight[:, None] + bias[:, None]
+    return x

@@ -10,24 +10,26 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from email.message import Message
 from typing import TYPE_CHECKING, Any
 
-from .answers import fold_columns, member_columns
+from .answers import Answer, value_columns
 from .checksums import ensemble_id
 from .errors import UserError
-from .labels import class_of
+from .resolution import MPP, NEAR, PLAUSIBLE, is_near, is_plausible
 
 if TYPE_CHECKING:
     import numpy as np
 
     from .ensemble import Ensemble
 
-MPP, NEAR = 0.25, 0.1  # um/px of the training crops (0.23 to 0.25), and the relative difference that is allowed
-RESAMPLED = 0.05, 5.0  # um/px that can be resampled to MPP
 FIELDS = {"mpp", "resample", "images"}
 BYTES, IMAGES, SIDE = 64 << 20, 4096, 2048  # of a request, and of an image's longer side
+PIXELS = 1 << 28  # of all images of a request: 4,096 of 256 x 256
+BATCH = 64  # crops that are decoded and scored together
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Request:
 
 
 def parse(content_type: str, body: bytes) -> Request:
-    """UserError if the body has neither form, or no images, or no um/px."""
+    """UserError if the body has neither form, or no images or too many pixels, or no um/px."""
     kind = content_type.split(";")[0].strip().lower()
     if kind == "application/json":
         images, fields = from_json(body)
@@ -63,14 +65,19 @@ def parse(content_type: str, body: bytes) -> Request:
     if asked not in ("true", "false"):
         raise UserError(f"resample is {fields['resample']!r:.40}; expected true or false")
     resample = asked == "true"
-    if not RESAMPLED[0] <= mpp <= RESAMPLED[1]:
-        raise UserError(f"mpp is {fields['mpp']!r:.40}; expected {RESAMPLED[0]} to {RESAMPLED[1]} um/px")
-    if abs(mpp / MPP - 1) > NEAR and not resample:
+    if not is_plausible(mpp):
+        raise UserError(f"mpp is {fields['mpp']!r:.40}; expected {PLAUSIBLE[0]} to {PLAUSIBLE[1]} um/px")
+    if not is_near(mpp) and not resample:
         raise UserError(f"mpp is {mpp:g}; expected {MPP} within {NEAR:.0%}; cut other crops, or set resample")
-    return Request(images, mpp, resample)
+    request = Request(images, mpp, resample)
+    check_pixels(request)
+    return request
 
 
 def from_json(body: bytes) -> tuple[list[bytes], dict[str, Any]]:
+    marks = sum(map(body.count, (b"{", b"[", b",", b":")))
+    if marks > IMAGES + 100:  # base64 has none of them, and each may become an object of many bytes
+        raise UserError(f"the JSON has {marks:,} values; expected mpp, and up to {IMAGES:,} images in base64; split it")
     try:
         content = json.loads(body.decode())
         images = content["images"]
@@ -125,7 +132,7 @@ def read_crop(number: int, content: bytes, request: Request) -> np.ndarray:
     crop, factor = pages[0], request.mpp / MPP
     if max(crop.shape) > SIDE:
         raise UserError(f"it has {crop.shape[1]} x {crop.shape[0]} pixels; expected up to {SIDE}; cut it smaller")
-    if abs(factor - 1) <= NEAR:
+    if is_near(request.mpp):
         return crop
     size = [max(1, round(side * factor)) for side in crop.shape[1::-1]]
     if max(size) > SIDE:
@@ -133,27 +140,49 @@ def read_crop(number: int, content: bytes, request: Request) -> np.ndarray:
     return np.asarray(Image.fromarray(crop).resize((size[0], size[1]), Image.Resampling.BICUBIC))
 
 
+def check_pixels(request: Request) -> None:
+    """UserError where the images would have too many pixels together, by their headers: nothing is decoded."""
+    from .imageio.source import Blob
+    from .imageio.stack import count_pixels
+
+    total = 0
+    for number, content in enumerate(request.images):
+        with suppress(UserError):  # reading it says why
+            total += count_pixels(Blob(f"image {number}", content))
+    enlarged = total * (max(1.0, request.mpp / MPP) ** 2 if request.resample else 1)
+    if enlarged > PIXELS:
+        raise UserError(
+            f"the images have {enlarged:,.0f} pixels together; expected at most {PIXELS:,}; split the request"
+        )
+
+
 def score(ensemble: Ensemble, request: Request) -> dict[str, Any]:
     """The response: `answers`, one per image in order, each with the CSV's fields or `error`."""
-    manifest = ensemble.manifest
     answers: list[dict[str, Any]] = []
-    crops = {}
-    for number, content in enumerate(request.images):
-        try:
-            crops[number] = read_crop(number, content, request)
-            answers.append({})
-        except UserError as error:
-            answers.append({"error": str(error)})
-    if crops:
-        prediction = ensemble.predict(list(crops.values()))
-        names, members = fold_columns(manifest), member_columns(manifest)
-        for k, number in enumerate(crops):
-            p = float(prediction.p_atypical[k])
-            folds = dict(zip(names, prediction.fold_p[:, k].tolist(), strict=True))
-            several = dict(zip(members, prediction.member_p[:, k].tolist(), strict=True)) if members else {}
-            parts = {**folds, **several, "spread": float(prediction.spread[k]), "ensemble": ensemble_id(manifest)}
-            answers[number] = {"p_atypical": p, "class": class_of(p, manifest.threshold), **parts}
-    return {"answers": answers, "failed": len(answers) - len(crops)}
+    for start in range(0, len(request.images), BATCH):
+        crops: list[np.ndarray] = []
+        batch: list[dict[str, Any]] = []
+        for number, content in enumerate(request.images[start : start + BATCH], start):
+            try:
+                crops.append(read_crop(number, content, request))
+                batch.append({})
+            except UserError as error:
+                batch.append({"error": str(error)})
+        scored = iter(score_batch(ensemble, crops))
+        answers += [answer or next(scored) for answer in batch]
+    return {"answers": answers, "failed": sum("error" in answer for answer in answers)}
+
+
+def score_batch(ensemble: Ensemble, crops: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+    """The CSV's fields of each crop."""
+    if not crops:
+        return []
+    manifest = ensemble.manifest
+    names, computed_by = value_columns(manifest), {"ensemble": ensemble_id(manifest)}
+    return [
+        dict(zip(names, answer.values(manifest.threshold), strict=True)) | computed_by
+        for answer in Answer.of(ensemble.predict(crops))
+    ]
 
 
 def about(ensemble: Ensemble) -> dict[str, Any]:

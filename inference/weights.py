@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,13 +15,23 @@ import torch
 
 from .adapters import Adapter, open_safetensors, read_adapter
 from .errors import UserError
+from .head import HeadLayer
+from .manifest import POSITIONS
 
 T = TypeVar("T")
 
 
-def fuse(base: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
-    """Add scale * B A to `base`, in place: linear (O, I) or convolution (O, I, K, K) weights in fp32."""
-    base.flatten(1).addmm_(b.flatten(1), a.flatten(1), alpha=scale)
+def fuse(
+    base: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, magnitude: torch.Tensor | None = None
+) -> None:
+    """Add scale * B A to `base`, in place: linear (O, I) or convolution (O, I, K, K) weights in fp32.
+
+    magnitude: DoRA's (O,), the norms that the rows of the sum are scaled to
+    """
+    rows = base.flatten(1)  # a view
+    rows.addmm_(b.flatten(1), a.flatten(1), alpha=scale)
+    if magnitude is not None:
+        rows.mul_((magnitude / torch.linalg.norm(rows, dim=1))[:, None])
 
 
 class Weights:
@@ -37,16 +47,22 @@ class Weights:
         device: torch.device,
         dtype: torch.dtype,
         shared: dict[Any, Any] | None = None,
+        positions: str = POSITIONS[0],
+        head: Sequence[HeadLayer] = (),
     ) -> None:
-        """shared: holds the tensors that no fold changes, for other members with the same base, device and dtype."""
-        self.device, self.dtype = device, dtype
+        """shared: holds the tensors that no fold changes, for other members with the same base, device and dtype.
+
+        positions: how learned positions are resampled, one of POSITIONS; head: its layers, none for a linear one
+        """
+        self.device, self.dtype, self.positions, self.head = device, dtype, positions, head
         self._file = base
         self._base = open_safetensors(base)
         self.names = frozenset(self._base.keys())
         layers = [name.removesuffix(".weight") for name in sorted(self.names) if name.endswith(".weight")]
         layers = [layer for layer in layers if len(self.shape(f"{layer}.weight")) in (2, 4)]
-        self.adapters = [read_adapter(folder, layers) for folder in folds]
+        self.adapters = [read_adapter(folder, layers, head) for folder in folds]
         self.adapted = {f"{layer}.weight" for adapter in self.adapters for layer in adapter.lora}
+        self.adapted |= {f"{layer}.bias" for adapter in self.adapters for layer in adapter.bias}
         for folder, adapter in zip(folds, self.adapters, strict=True):
             self._check_shapes(folder, adapter)
         self._kept: dict[Any, Any] = {}
@@ -61,11 +77,11 @@ class Weights:
                     f"{folder}: {layer} changes {(len(b), *a.shape[1:])}; expected {shape} as in the base; "
                     "choose the base that it was trained on"
                 )
-        width = self.adapters[0].head_weight.shape[1]
-        if adapter.head_weight.shape[1] != width:
-            raise UserError(
-                f"{folder}: head takes {adapter.head_weight.shape[1]} features; expected {width} as fold 0; export"
-            )
+            if layer in adapter.bias and f"{layer}.bias" not in self.names:
+                raise UserError(f"{folder}: {layer} has a bias; expected none as in the base; choose its own base")
+        own, first = (next(iter(one.head.values())).shape[-1] for one in (adapter, self.adapters[0]))
+        if own != first:
+            raise UserError(f"{folder}: head takes {own} features; expected {first} as fold 0; export")
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._base.get_slice(name).get_shape())
@@ -86,10 +102,14 @@ class Weights:
         stored: torch.Tensor = open_safetensors(self._file).get_tensor(name)
         return stored.to(self.device)
 
+    def base(self, name: str) -> torch.Tensor:
+        """The base's own tensor in fp32, without any adapter."""
+        return self._read(name).float()
+
     def _exact(self, name: str) -> torch.Tensor:
         """In fp32, with a fold axis where an adapter changes it."""
-        if name in ("head.weight", "head.bias"):
-            return torch.stack([getattr(adapter, name.replace(".", "_")) for adapter in self.adapters]).to(self.device)
+        if name.startswith("head."):
+            return torch.stack([adapter.head[name.removeprefix("head.")] for adapter in self.adapters]).to(self.device)
         return self._fused(name, torch.float32) if name in self.adapted else self._read(name).float()
 
     def _fused(self, name: str, dtype: torch.dtype) -> torch.Tensor:
@@ -101,14 +121,18 @@ class Weights:
         out = torch.empty(len(self.adapters), *base.shape, dtype=dtype, device=self.device)
         if ("scratch", base.shape) not in self._kept:
             self._kept["scratch", base.shape] = torch.empty(base.shape, device=self.device)
-        for place, adapter in zip(out, self.adapters, strict=True):
-            exact = place if dtype == torch.float32 else self._kept["scratch", base.shape]
+        for fold, adapter in zip(out, self.adapters, strict=True):
+            exact = fold if dtype == torch.float32 else self._kept["scratch", base.shape]
             exact.copy_(base)
-            if name.removesuffix(".weight") in adapter.lora:
-                a, b = adapter.lora[name.removesuffix(".weight")]
-                fuse(exact, a.to(self.device), b.to(self.device), adapter.scale)
-            if exact is not place:
-                place.copy_(exact)
+            layer, _, kind = name.rpartition(".")
+            if kind == "bias":
+                exact.copy_(adapter.bias.get(layer, base))
+            elif layer in adapter.lora:
+                a, b = (factor.to(self.device) for factor in adapter.lora[layer])
+                magnitude = adapter.magnitude.get(layer)
+                fuse(exact, a, b, adapter.scale, None if magnitude is None else magnitude.to(self.device))
+            if exact is not fold:
+                fold.copy_(exact)
         return out
 
     def _once(self, key: Any, name: str, make: Callable[[], T]) -> T:

@@ -172,7 +172,7 @@ def samples(archive: tarfile.TarFile, shown: str) -> Iterator[tuple[str, dict[st
 
     The `._NAME` files of macOS are skipped. UserError for a name that occurs twice.
     """
-    key, found = "", dict[str, "Record | str | None"]()
+    key, sample = "", dict[str, "Record | str | None"]()
     names: set[str] = set()
     for member in archive:
         folder, slash, name = member.name.rpartition("/")
@@ -182,21 +182,21 @@ def samples(archive: tarfile.TarFile, shown: str) -> Iterator[tuple[str, dict[st
             raise UserError(f"it holds {member.name} twice; expected each name once; write it again")
         names.add(member.name)
         stem, _, extension = name.partition(".")
-        if folder + slash + stem != key or extension in found:
-            if found:
-                yield key, found
-            key, found = folder + slash + stem, {}
-        found[extension] = None
+        if folder + slash + stem != key or extension in sample:
+            if sample:
+                yield key, sample
+            key, sample = folder + slash + stem, {}
+        sample[extension] = None
         path = f"{shown}#{member.name}"
         if f".{extension.lower()}" in SUFFIXES:
             fits = member.size <= MAX_BYTES
             source = Blob(name, content(archive, member)) if fits else f"it has {member.size:,} bytes; write it again"
-            found[extension] = Record(path, None, source)
+            sample[extension] = Record(path, None, source)
         elif member.size <= MAX_TEXT:
             with contextlib.suppress(UnicodeDecodeError):
-                found[extension] = content(archive, member).decode()
-    if found:
-        yield key, found
+                sample[extension] = content(archive, member).decode()
+    if sample:
+        yield key, sample
 
 
 def read_tar(shard: Shard) -> Iterator[Chunk]:
@@ -212,12 +212,12 @@ def read_tar(shard: Shard) -> Iterator[Chunk]:
                     fields[free_name(name, fields)] = member
             images = [member for member in members.values() if isinstance(member, Record)]
             if not images:
-                found = ", ".join(members)
-                reason = f"no image among its members {found:.200}; expected png or the like after the name's first dot"
+                names = ", ".join(members)
+                reason = f"no image among its members {names:.200}; expected png or the like after the name's first dot"
                 images = [Record(f"{shard.shown}#{key}", None, reason)]
             records += images
             metadata += [fields] * len(images)
-            held += sum(len(one.source.content) for one in images if isinstance(one.source, Blob))
+            held += sum(len(image.source.content) for image in images if isinstance(image.source, Blob))
             if len(records) >= CHUNK or held >= CHUNK_BYTES:
                 yield records, texts(metadata)
                 records, metadata, held = [], [], 0

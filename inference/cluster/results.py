@@ -12,21 +12,16 @@ import os
 import platform
 import uuid
 from collections.abc import Container, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from ..answers import columns, fold_columns, member_columns
+from ..answers import Answer, Computed, columns
 from ..errors import UserError
-from ..labels import class_of
 from ..manifest import Manifest
 from .shards import one_line, resolve
-
-if TYPE_CHECKING:
-    from ..ensemble import Prediction
 
 STORES = ("s3", "gcs", "abfs")  # objects appear when complete; elsewhere a rename does that
 ERRORS = pa.schema({"path": pa.string(), "page": pa.int32(), "reason": pa.string()})
@@ -51,7 +46,7 @@ class Results:
         file = f"{self.folder}/_job.json"
         try:
             with self.system.open_input_stream(file) as stream:
-                found = json.loads(stream.read())
+                claimed = json.loads(stream.read())
         except FileNotFoundError:
             if self.shards():
                 raise UserError(
@@ -61,9 +56,9 @@ class Results:
         except ValueError:
             raise UserError(f"{file} is damaged; expected {json.dumps(job)}; name another --output") from None
         for key, value in job.items():
-            if found.get(key) != value:
+            if claimed.get(key) != value:
                 raise UserError(
-                    f"{self.folder} holds answers with {key} {found.get(key)}; this run has {value}; "
+                    f"{self.folder} holds answers with {key} {claimed.get(key)}; this run has {value}; "
                     f"name another --output, or use the same {key}"
                 )
         return True
@@ -124,46 +119,21 @@ def free_name(name: str, taken: Container[str]) -> str:
     return name
 
 
-class Page(NamedTuple):
-    """One page that was read, and where it comes from."""
-
-    path: str
-    page: int
-    pages: int
-    content: str
+TYPES = {"page": pa.int32(), "pages": pa.int32()} | dict.fromkeys(
+    ("path", "class", "content", *Computed._fields), pa.string()
+)  # of columns; all others are float64
 
 
-def answers(
-    read: Sequence[Page],
-    prediction: Prediction | None,
-    manifest: Manifest,
-    computed: Sequence[str],
-    metadata: pa.Table,
-) -> pa.Table:
-    """A row for each page, with its prediction and its row of the metadata.
+def table_of(answers: Sequence[Answer], manifest: Manifest, computed: Computed, metadata: pa.Table) -> pa.Table:
+    """A row for each answer, with its row of the metadata.
 
-    computed: device, precision and ensemble. A column of the input that has one of our names gets `input_` before it.
+    A column of the input that has one of our names gets `input_` before it.
     """
-    p = prediction.p_atypical if prediction else np.empty(0)
-    folds, members = fold_columns(manifest), member_columns(manifest)
-    fold_p = prediction.fold_p if prediction else np.empty((len(folds), 0))
-    member_p = prediction.member_p if prediction else np.empty((len(members), 0))
-    found: dict[str, Any] = {
-        "path": pa.array([page.path for page in read], pa.string()),
-        "page": pa.array([page.page for page in read], pa.int32()),
-        "pages": pa.array([page.pages for page in read], pa.int32()),
-        "p_atypical": pa.array(p, pa.float64()),
-        "class": pa.array([class_of(one, manifest.threshold) for one in p], pa.string()),
-        **{name: pa.array(one, pa.float64()) for name, one in zip(folds, fold_p, strict=True)},
-        **{name: pa.array(one, pa.float64()) for name, one in zip(members, member_p, strict=False)},
-        "spread": pa.array(prediction.spread if prediction else p, pa.float64()),
-        "content": pa.array([page.content for page in read], pa.string()),
-        **{
-            name: pa.array([value] * len(p), pa.string())
-            for name, value in zip(("device", "precision", "ensemble"), computed, strict=True)
-        },
+    names = columns(manifest)
+    cells = [answer.cells(manifest.threshold, computed) for answer in answers]
+    table: dict[str, Any] = {
+        name: pa.array([row[n] for row in cells], TYPES.get(name, pa.float64())) for n, name in enumerate(names)
     }
-    assert list(found) == columns(manifest)
     for name, column in zip(metadata.column_names, metadata.columns, strict=True):
-        found[free_name(name, found)] = column
-    return pa.table(found)
+        table[free_name(name, table)] = column
+    return pa.table(table)

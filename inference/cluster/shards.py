@@ -97,10 +97,10 @@ def stamp(info: fs.FileInfo) -> str:
     return f"{info.size} {info.mtime_ns}"
 
 
-def unnamed(system: fs.FileSystem, scheme: str, found: Sequence[fs.FileInfo], named: Named) -> list[fs.FileInfo]:
+def unnamed(system: fs.FileSystem, scheme: str, files: Sequence[fs.FileInfo], named: Named) -> list[fs.FileInfo]:
     """The files that no earlier input named, by whatever path. UserError where a table named pages of one."""
     new = []
-    for info in found:
+    for info in files:
         file = os.path.realpath(info.path) if system.type_name == "local" else scheme + info.path
         if file not in named:
             named[file] = {None: {}}
@@ -110,19 +110,30 @@ def unnamed(system: fs.FileSystem, scheme: str, found: Sequence[fs.FileInfo], na
     return new
 
 
-def walk(system: fs.FileSystem, folder: str) -> list[fs.FileInfo]:
-    """All files below `folder` that may hold crops, by name; those that begin with a dot or _ are left out."""
+def walk(system: fs.FileSystem, folder: str, unreadable: dict[str, str]) -> list[fs.FileInfo]:
+    """All files below `folder` that may hold crops, as `score` finds them: by name, without those that begin with "."
+
+    Of tables and archives, those in names that begin with _ are left out too: other programs keep theirs there.
+    unreadable: gets the folders that cannot be listed, with the reason
+    """
     if system.type_name == "local":  # like the local command, does not follow links to folders
-        found = system.get_file_info([os.path.join(root, name) for root, _, names in os.walk(folder) for name in names])
+        errors: list[OSError] = []
+        roots = os.walk(folder, onerror=errors.append)
+        files = system.get_file_info([os.path.join(root, name) for root, _, names in roots for name in names])
+        unreadable |= {str(error.filename): one_line(error.strerror) for error in errors}
     else:
-        found = system.get_file_info(fs.FileSelector(folder, recursive=True))
-    inside = [info for info in found if info.is_file]
-    shown = (info for info in inside if not re.search(r"(^|/)[._]", info.path[len(folder) :].lstrip("/")))
-    return sorted((info for info in shown if info.path.lower().endswith(KINDS)), key=lambda info: info.path)
+        files = system.get_file_info(fs.FileSelector(folder, recursive=True))
+
+    def is_shown(info: fs.FileInfo) -> bool:
+        below = info.path[len(folder) :].lstrip("/")
+        hidden = r"(^|/)\." if info.path.lower().endswith(SUFFIXES) else r"(^|/)[._]"
+        return info.is_file and info.path.lower().endswith(KINDS) and not re.search(hidden, below)
+
+    return sorted(filter(is_shown, files), key=lambda info: info.path)
 
 
 def plan(locations: Sequence[str], size: int, image: str | None) -> tuple[list[Shard], dict[str, tuple[str, str]]]:
-    """All shards of the given files, folders and tables; and the Parquet files that gave none, with the reasons.
+    """All shards of the given files, folders and tables; and Parquet files and folders that gave none, with reasons.
 
     A file that is named again, by whatever path, belongs to the input that names it first.
 
@@ -132,11 +143,12 @@ def plan(locations: Sequence[str], size: int, image: str | None) -> tuple[list[S
     named: Named = {}
     shards: list[Shard] = []
     failed: dict[str, tuple[str, str]] = {}
+    unreadable: dict[str, str] = {}
     for location in dict.fromkeys(locations):
         system, path, scheme = resolve(location)
         try:
             info = system.get_file_info(path)
-            found = walk(system, path) if info.type == fs.FileType.Directory else [info]
+            infos = walk(system, path, unreadable) if info.type == fs.FileType.Directory else [info]
         except UnicodeError:
             raise UserError(f"{location} holds a name that is not UTF-8; expected one that is; rename it") from None
         except OSError as error:
@@ -150,31 +162,32 @@ def plan(locations: Sequence[str], size: int, image: str | None) -> tuple[list[S
                 raise UserError(f"{location} is a table in a store; expected a local one; copy it, or use Parquet")
             shards += table_shards(location, path, size, named)
             continue
-        found = [one for one in found if one.path.lower().endswith(KINDS)]
-        if not found:
+        infos = [entry for entry in infos if entry.path.lower().endswith(KINDS)]
+        if not infos:
             raise UserError(f"no crops in {location}; expected {', '.join(KINDS)} or .csv; check the path")
-        found = unnamed(system, scheme, found, named)
-        images = [one for one in found if one.path.lower().endswith(SUFFIXES)]
-        tars = [one for one in found if one.path.lower().endswith(TARS)]
-        tables = [one for one in found if one.path.lower().endswith(".parquet")]
+        infos = unnamed(system, scheme, infos, named)
+        images = [entry for entry in infos if entry.path.lower().endswith(SUFFIXES)]
+        tars = [entry for entry in infos if entry.path.lower().endswith(TARS)]
+        tables = [entry for entry in infos if entry.path.lower().endswith(".parquet")]
         for n in range(0, len(images), size):
             part = images[n : n + size]
-            name = shard_name(scheme + path, size, n, *(f"{one.path} {stamp(one)}" for one in part))
-            items: list[Item] = [(one.path, None, {}) for one in part]
+            name = shard_name(scheme + path, size, n, *(f"{entry.path} {stamp(entry)}" for entry in part))
+            items: list[Item] = [(entry.path, None, {}) for entry in part]
             shards.append(Shard(name, "files", location, path, scheme + path, items=items))
-        for one in tars:
-            shown = scheme + one.path
-            shards.append(Shard(shard_name(shown, stamp(one)), "tar", location, one.path, shown))
+        for entry in tars:
+            shown = scheme + entry.path
+            shards.append(Shard(shard_name(shown, stamp(entry)), "tar", location, entry.path, shown))
         with ThreadPoolExecutor(16) as pool:  # reads footers, which a store may deliver slowly
             futures = {
-                one.path: pool.submit(parquet_shards, system, one, location, scheme + one.path, size, image)
-                for one in tables
+                entry.path: pool.submit(parquet_shards, system, entry, location, scheme + entry.path, size, image)
+                for entry in tables
             }
         for file, future in futures.items():
             try:
                 shards += future.result()
             except UNREADABLE as error:
                 failed[shard_name(scheme + file)] = scheme + file, one_line(error)
+    failed |= {shard_name(folder): (folder, f"it cannot be listed ({why})") for folder, why in unreadable.items()}
     if failed and not shards:
         file, reason = next(iter(failed.values()))
         raise UserError(f"none of {len(failed):,} files can be read; {file}: {reason}")

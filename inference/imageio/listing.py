@@ -1,12 +1,13 @@
 """List the crops that a command names as files, folders and tables, in order and each once.
 
-A table is a CSV file with a column of paths, relative to the table itself, and optional columns for the page, the label
-and the domain. Standard library only.
+A table is a CSV file with a column of paths, relative to the table itself, and optional columns for the page, the
+label, the domain and the slide. Standard library only.
 """
 
 from __future__ import annotations
 
 import csv
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,15 +18,26 @@ from ..labels import parse_label
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".mha")
 PATH_COLUMNS = ("path", "file", "filename", "image", "image_path")
+SLIDE_COLUMNS = ("slide", "case", "group")  # the first that a table has
 FOLDER = "@folder"  # instead of a column: the name of the folder that holds a crop
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes as the start of a formula
+
+
+def is_formula(text: str) -> bool:
+    """Whether a spreadsheet may take a cell for a formula; a number, such as -1.5, is none."""
+    if not text.startswith(FORMULA):
+        return False
+    try:
+        return text[0] in "\t\r" or not math.isfinite(float(text))
+    except ValueError:
+        return True
 
 
 @dataclass(frozen=True)
 class Item:
     """A file, or one page of it; label 1 (atypical), 0 (normal) or None (unknown).
 
-    path: as the user named it; file: with all links resolved, the same for every name of a file
+    path: as the user named it; file: with all links resolved, the same for every name of a file; slide: "" if unknown
     """
 
     path: str
@@ -33,13 +45,14 @@ class Item:
     label: int | None = None
     domain: str = ""
     file: str = ""
+    slide: str = ""
 
 
 def list_crops(paths: Sequence[Path], labels: str | None = None, domains: str | None = None) -> list[Item]:
     """Every crop of the given files, folders (recursively, sorted by name) and tables, in this order.
 
-    A crop that is named twice, by whatever paths, is listed where it was named first, with the label and domain of
-    either. A file that is named both as a whole and by page keeps an item for each: see `Run.stream`.
+    A crop that is named twice, by whatever paths, is listed where it was named first, with the label, domain and
+    slide of either. A file that is named both as a whole and by page keeps an item for each: see `ScoreRun.stream`.
     labels, domains: names of columns, or "@folder"; by default a table's columns called label and domain.
     UserError if a path is missing, holds no crops or cannot be parsed, or if labels contradict each other.
     """
@@ -48,17 +61,15 @@ def list_crops(paths: Sequence[Path], labels: str | None = None, domains: str | 
         if not path.exists():
             raise UserError(f"{path} does not exist; expected a file, a folder or a CSV file; check the path")
         if path.suffix.lower() == ".csv" and not path.is_dir():
-            found = read_table(path, labels, domains)
+            listed = read_table(path, labels, domains)
         else:
             files = map(str, walk(path) if path.is_dir() else [path])
-            found = [Item(file, None, folder_label(file, labels), folder_name(file, domains)) for file in files]
-        if not found:
+            listed = [Item(file, None, folder_label(file, labels), folder_name(file, domains)) for file in files]
+        if not listed:
             raise UserError(f"no crops in {path}; expected {', '.join(SUFFIXES)}; check the path")
-        for item in found:
+        for item in listed:
             item = replace(
-                item,
-                path=f"./{item.path}" if item.path.startswith(FORMULA) else item.path,
-                file=os.path.realpath(item.path),
+                item, path=f"./{item.path}" if is_formula(item.path) else item.path, file=os.path.realpath(item.path)
             )
             before = items.get((item.file, item.page))
             items[item.file, item.page] = merged(before, item) if before else item
@@ -70,19 +81,26 @@ def list_crops(paths: Sequence[Path], labels: str | None = None, domains: str | 
 
 def merged(item: Item, other: Item) -> Item:
     """`item`, completed from `other`. UserError if they contradict each other."""
-    for name, ours, theirs in (("label", item.label, other.label), ("domain", item.domain, other.domain)):
+    for name in ("label", "domain", "slide"):
+        ours, theirs = getattr(item, name), getattr(other, name)
         if ours not in (None, "") and theirs not in (None, "") and ours != theirs:
             raise UserError(
                 f"{item.path} has the {name}s {ours} and {theirs}; expected one per crop; correct the tables"
             )
-    return replace(item, label=other.label if item.label is None else item.label, domain=item.domain or other.domain)
+    label = other.label if item.label is None else item.label
+    return replace(item, label=label, domain=item.domain or other.domain, slide=item.slide or other.slide)
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """The image files below `folder`, sorted, without hidden ones; links to folders are not followed."""
-    for root, names, files in os.walk(folder):
+    """The image files below `folder`, sorted, without hidden ones; links to folders are not followed.
+
+    A folder that cannot be listed is one of them, so that it is named as what could not be read.
+    """
+    errors: list[OSError] = []
+    for root, names, files in os.walk(folder, onerror=errors.append):
         names[:] = sorted(name for name in names if not name.startswith("."))
         yield from (Path(root, name) for name in sorted(files) if name.lower().endswith(SUFFIXES) and name[0] != ".")
+    yield from (Path(error.filename) for error in errors)
 
 
 def read_rows(table: Path) -> tuple[list[Item], list[dict[str, str]]]:
@@ -114,7 +132,7 @@ def read_rows(table: Path) -> tuple[list[Item], list[dict[str, str]]]:
 
 
 def read_table(table: Path, labels: str | None, domains: str | None) -> list[Item]:
-    """`read_rows` with labels and domains."""
+    """`read_rows` with labels, domains and slides."""
     items, rows = read_rows(table)
     columns = list(rows[0]) if rows else []
     for name in (labels, domains):
@@ -122,14 +140,15 @@ def read_table(table: Path, labels: str | None, domains: str | None) -> list[Ite
             raise UserError(f"{table} has no column {name!r}; expected one of {columns}; name another")
     of_label = labels or ("label" if "label" in columns else None)
     of_domain = domains or ("domain" if "domain" in columns else None)
-    found = []
+    of_slide = next((name for name in SLIDE_COLUMNS if name in columns), None)
+    completed = []
     for number, (item, row) in enumerate(zip(items, rows, strict=True), 2):
         label = folder_label(item.path, labels)
         if of_label and of_label != FOLDER:
             label = label_or_none(row[of_label], f"{table}, row {number}, column {of_label}")
         domain = folder_name(item.path, domains) or (row[of_domain] if of_domain and of_domain != FOLDER else "")
-        found.append(replace(item, label=label, domain=domain))
-    return found
+        completed.append(replace(item, label=label, domain=domain, slide=row[of_slide].strip() if of_slide else ""))
+    return completed
 
 
 def label_or_none(text: str, where: str) -> int | None:

@@ -26,12 +26,18 @@ from .pixels import rgb_page
 from .source import File
 
 HEADER = 1 << 16  # most bytes of a header; ITK writes about 300
+KEYS = {"objecttype", "binarydata", "headersize", "ndims", "dimsize", "elementtype", "elementnumberofchannels"} | {
+    "binarydatabyteordermsb",
+    "elementbyteordermsb",
+    "compresseddata",
+    "elementdatafile",
+}
 TYPES = {"MET_UCHAR": "u1", "MET_UCHAR_ARRAY": "u1", "MET_USHORT": "u2", "MET_USHORT_ARRAY": "u2"}
 CHUNK = 1 << 18  # bytes read or inflated at a time
 
 
 @dataclass(frozen=True)
-class Layout:
+class PixelLayout:
     """What a header says about the pixels that follow it."""
 
     pages: int
@@ -63,7 +69,7 @@ def read_metaimage(path: File, check: Callable[[int, int, int, int], None]) -> l
 class Pixels:
     """The pixels of an open file in order. UserError if there are too many or too few, or if they are damaged."""
 
-    def __init__(self, path: File, stream: BinaryIO, layout: Layout) -> None:
+    def __init__(self, path: File, stream: BinaryIO, layout: PixelLayout) -> None:
         self.name, self.layout = path.name, layout
         self.stream, self.read = stream, 0
         self.inflater = zlib.decompressobj(47) if layout.compressed else None  # 47: zlib or gzip, as the stream says
@@ -111,23 +117,29 @@ class Pixels:
 
 
 def _header(path: File, stream: BinaryIO) -> dict[str, str]:
-    """Keys in lower case; leaves the stream at the first byte of pixels."""
+    """The values of KEYS that the header has; leaves the stream at the first byte of pixels.
+
+    Other lines are ignored: ITK's writer adds the keys that the image's former file had, such as DICOM's 0028|0010,
+    and their values may go on for several lines (NIfTI's and NRRD's do).
+    """
     fields: dict[str, str] = {}
     while "elementdatafile" not in fields:
         line = stream.readline(HEADER)
-        key, equals, value = line.decode("latin-1").partition("=")
-        key = key.strip().lower()
-        if not equals or not line.endswith(b"\n") or not key.replace("_", "").isalnum() or stream.tell() > HEADER:
+        if not line.endswith(b"\n") or stream.tell() > HEADER:
             raise UserError(
                 f"{path.name} has a damaged header; expected a MetaImage's, up to ElementDataFile; write it again"
             )
+        name, equals, value = line.decode("latin-1").partition("=")
+        key = name.strip().lower()
+        if not equals or key not in KEYS:
+            continue
         if key in fields:
             raise UserError(f"{path.name} has {key:.40} twice in its header; expected it once; write it again")
         fields[key] = value.strip()
     return fields
 
 
-def _layout(path: File, fields: dict[str, str]) -> Layout:
+def _layout(path: File, fields: dict[str, str]) -> PixelLayout:
     """The layout, validated. UserError unless it is a stack in a single file."""
     source = fields["elementdatafile"]
     if source.upper() != "LOCAL":
@@ -143,8 +155,8 @@ def _layout(path: File, fields: dict[str, str]) -> Layout:
         raise UserError(f"{path.name} has a DimSize that does not match NDims; expected NDims numbers; write it again")
     kind = TYPES.get(fields.get("elementtype", ""))
     if kind is None:
-        found = fields.get("elementtype", "no ElementType")
-        raise UserError(f"{path.name} holds {found:.40} pixels; expected MET_UCHAR or MET_USHORT; convert the stack")
+        element = fields.get("elementtype", "no ElementType")
+        raise UserError(f"{path.name} holds {element:.40} pixels; expected MET_UCHAR or MET_USHORT; convert the stack")
     width, height, pages, *rest = (*sides, 1, 1)[:6]
     channels = _numbers(path, fields, "elementnumberofchannels", "1")[0]
     if any(side != 1 for side in rest) or channels not in (1, 3, 4):
@@ -154,7 +166,7 @@ def _layout(path: File, fields: dict[str, str]) -> Layout:
         )
     big = _flag(fields, "binarydatabyteordermsb") or _flag(fields, "elementbyteordermsb")
     dtype = np.dtype(kind).newbyteorder(">" if big else "<")
-    return Layout(pages, height, width, channels, dtype, _flag(fields, "compresseddata"))
+    return PixelLayout(pages, height, width, channels, dtype, _flag(fields, "compresseddata"))
 
 
 def _numbers(path: File, fields: dict[str, str], key: str, default: str = "") -> list[int]:

@@ -12,6 +12,7 @@ Limits are checked before anything is decoded: no file costs more memory or time
 
 from __future__ import annotations
 
+import os
 import stat
 import warnings
 from pathlib import Path
@@ -34,11 +35,14 @@ def read_stack(path: File) -> list[np.ndarray]:
     """The pages in order, each uint8 (H, W, 3). UserError, naming the page, if one cannot be read completely."""
     try:
         status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            os.scandir(str(path)).close()  # says so where it may not be listed
+            raise UserError(f"{path.name} is a folder; expected a stack; check the input")
         if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{path.name} is not a regular file; expected a stack; check the input")
         if not 0 < status.st_size <= MAX_BYTES:
-            found = "is empty" if status.st_size == 0 else f"has {status.st_size:,} bytes"
-            raise UserError(f"{path.name} {found}; expected a stack of up to {MAX_BYTES:,} bytes; upload it again")
+            size = "is empty" if status.st_size == 0 else f"has {status.st_size:,} bytes"
+            raise UserError(f"{path.name} {size}; expected a stack of up to {MAX_BYTES:,} bytes; upload it again")
         if path.suffix.lower() == ".mha":
             from .metaimage import read_metaimage
 
@@ -58,6 +62,46 @@ def read_stack(path: File) -> list[np.ndarray]:
             raise UserError(f"{path.name} has {scans:,} JPEG scans; expected at most {MAX_SCANS}; write it again")
         return _decode(path, "JPEG", 1)
     raise UserError(f"{path.name} begins with {magic!r}; expected TIFF, .mha, PNG or JPEG; write it again")
+
+
+class _MeasuredError(Exception):
+    """Ends reading a .mha once its size is known."""
+
+
+def count_pixels(path: File) -> int:
+    """The pixels of all pages by the file's headers alone; UserError as `read_stack`, for what headers show."""
+    totals = Totals(path)
+
+    def add_and_stop(page: int, width: int, height: int, pages: int = 1) -> None:
+        totals.add(page, width, height, pages)
+        raise _MeasuredError
+
+    try:
+        if path.suffix.lower() == ".mha":
+            from .metaimage import read_metaimage
+
+            read_metaimage(path, add_and_stop)
+            return totals.pixels
+        with path.open("rb") as stream:
+            magic = stream.read(4)
+        if magic[:2] in (b"II", b"MM"):
+            from .tiff import check_tiff
+
+            check_tiff(path, totals.add)
+        else:
+            from PIL import Image
+
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with Image.open(path if isinstance(path, Path) else path.open(), formats=("PNG", "JPEG")) as image:
+                    totals.add(0, *image.size)
+    except _MeasuredError:
+        pass
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # decoders raise anything on damaged data
+        raise UserError(f"{path.name} is damaged or not supported ({error!s:.200}); expected an image") from None
+    return totals.pixels
 
 
 def _scans(path: File) -> int:

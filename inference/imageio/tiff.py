@@ -19,50 +19,23 @@ MAX_TAGS = 1024  # of one page
 MAX_SEGMENTS = 1 << 18  # strips or tiles of all pages
 MAX_TILE = 8192  # pixels a side; a decoder allocates the whole tile, however little of it the page needs
 MAX_TILED = 1 << 28  # pixels of all tiles together, including those beyond the page's edges, which are decoded too
-UNITS = {
-    1: "B",
-    2: "B",
-    3: "H",
-    4: "I",
-    6: "B",
-    7: "B",
-    13: "I",
-    16: "Q",
-    18: "Q",
-}  # types that a structure tag may have
+# types that a structure tag may have
+UNITS = {1: "B", 2: "B", 3: "H", 4: "I", 6: "B", 7: "B", 13: "I", 16: "Q", 18: "Q"}
 SIZES = {5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 17: 8} | {
     kind: struct.calcsize(f"={unit}") for kind, unit in UNITS.items()
 }
-WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, SAMPLES = 256, 257, 258, 259, 262, 277
+PAGE = WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, SAMPLES = 256, 257, 258, 259, 262, 277
 ROWS, OFFSETS, COUNTS, PLANAR, TILE_WIDTH, TILE_HEIGHT, FORMAT = 278, (273, 324), (279, 325), 284, 322, 323, 339
-READ = (
-    WIDTH,
-    HEIGHT,
-    BITS,
-    COMPRESSION,
-    PHOTOMETRIC,
-    SAMPLES,
-    ROWS,
-    *OFFSETS,
-    *COUNTS,
-    PLANAR,
-    TILE_WIDTH,
-    TILE_HEIGHT,
-    FORMAT,
-)
+READ = {*PAGE, ROWS, *OFFSETS, *COUNTS, PLANAR, TILE_WIDTH, TILE_HEIGHT, FORMAT}
 RAW = 1
-COMPRESSIONS = {
-    RAW: "none",
-    2: "CCITT",
-    3: "CCITT G3",
-    4: "CCITT G4",
-    5: "LZW",
-    7: "JPEG",
-    8: "deflate",
+COMPRESSIONS = {RAW: "none", 2: "CCITT", 3: "CCITT G3", 4: "CCITT G4", 5: "LZW", 7: "JPEG", 8: "deflate"} | {
     32773: "PackBits",
     32946: "deflate",
     50000: "Zstandard",
-    50001: "WebP",
+}
+OTHERS = {6: "old JPEG", 33003: "JPEG 2000", 33005: "JPEG 2000", 34712: "JPEG 2000", 34887: "LERC", 34925: "LZMA"} | {
+    50001: "WebP",  # which the libtiff in Pillow's wheels leaves out
+    50002: "JPEG XL",
 }
 PHOTOMETRICS = {0: "white is zero", 1: "black is zero", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr"}
 
@@ -120,7 +93,12 @@ def _first(path: File, stream: BinaryIO) -> tuple[int, tuple[str, bool]]:
     try:
         if order and struct.unpack(order + "H", header[2:4])[0] == 42:
             return struct.unpack(order + "I", header[4:8])[0], (order, False)
-        if order == "<" and struct.unpack("<HHH", header[2:8]) == (43, 8, 0):  # Pillow does not read big-endian ones
+        if order and struct.unpack(order + "HHH", header[2:8]) == (43, 8, 0):
+            if order == ">":
+                raise UserError(
+                    f"{path.name} is a big-endian BigTIFF, which Pillow does not read; expected a little-endian one; "
+                    "write it again"
+                )
             return struct.unpack(order + "Q", header[8:16])[0], (order, True)
     except struct.error:
         pass
@@ -191,13 +169,13 @@ def _segments(tags: dict[int, tuple[int, ...]], size: int) -> tuple[tuple[int, .
     )
     bits, formats = set(tags.get(BITS, (1,))), set(tags.get(FORMAT, (1,)))
     if compression not in COMPRESSIONS:
-        raise Damaged(f"has compression {compression}, none of {', '.join(dict.fromkeys(COMPRESSIONS.values()))}")
+        name = OTHERS.get(compression, compression)
+        raise Damaged(f"has compression {name}, none of {', '.join(dict.fromkeys(COMPRESSIONS.values()))}")
     if photometric not in PHOTOMETRICS:
         raise Damaged(f"has photometric interpretation {photometric}, none of {', '.join(PHOTOMETRICS.values())}")
     if not formats <= {1, 4} or len(bits) != 1 or not bits <= {1, 2, 4, 8, 16} or not 1 <= samples <= 6:
-        raise Damaged(
-            f"has {samples} samples of {sorted(bits)} bits, sample format {sorted(formats)}, not unsigned 8 or 16 bits"
-        )
+        sizes, kinds = (" and ".join(map(str, sorted(values))) for values in (bits, formats))
+        raise Damaged(f"has {samples} samples of {sizes} bits, sample format {kinds}, not unsigned 8 or 16 bits")
     if photometric == 0 and bits == {16}:
         raise Damaged("has 16 bits with white as zero, which its decoder would not invert")
     planes = samples if _one(tags, PLANAR, 1) == 2 else 1

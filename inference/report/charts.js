@@ -95,7 +95,7 @@ function drawHistogram(box, p, label, labelled, threshold, calibrated) {
 
 /** ROC curve with the threshold's point on it. */
 function drawRoc(box, roc, { sensitivity, specificity }) {
-  const [side, left, low] = [230, 34, 30];
+  const [side, left, low] = [236, 42, 36];
   const x = (v) => left + v * (side - left - 8);
   const y = (v) => 8 + (1 - v) * (side - low - 8);
   const spoken = `ROC curve, area ${fixed(roc.auc)}; at this threshold sensitivity ${fixed(sensitivity)}, specificity ${fixed(specificity)}`;
@@ -108,7 +108,7 @@ function drawRoc(box, roc, { sensitivity, specificity }) {
     svg.append(el("text", { x: left - 6, y: y(v) + 4, "text-anchor": "end" }, String(v)));
   }
   svg.append(el("text", { x: x(0.5), y: side - 2, "text-anchor": "middle" }, "1 − specificity"));
-  svg.append(el("text", { transform: `translate(9 ${y(0.5)}) rotate(-90)`, "text-anchor": "middle" }, "sensitivity"));
+  svg.append(el("text", { transform: `translate(10 ${y(0.5)}) rotate(-90)`, "text-anchor": "middle" }, "sensitivity"));
   svg.append(el("text", { x: x(1) - 4, y: y(0) - 8, "text-anchor": "end", class: "strong" }, `AUC ${fixed(roc.auc)}`));
   box.replaceChildren(svg);
 }

@@ -52,7 +52,11 @@ const SHOW = {
   fp: ["false alarms", (i) => outcome(i) === "fp"],
   tp: ["found", (i) => outcome(i) === "tp"],
   tn: ["right, normal", (i) => outcome(i) === "tn"],
+  unread: ["without your verdict", (i) => !verdictOf(i)],
+  read: ["with your verdict", verdictOf],
+  against: ["your verdict differs", (i) => verdictOf(i) && VERDICTS[verdictOf(i)] !== CLASSES[called(i)]],
 };
+const BLINDED = ["all", "unread", "read"]; // what may be shown while answers are hidden
 const collator = new Intl.Collator("en", { numeric: true });
 let alphabet = null; // rank of each crop by name, made when first asked for
 const rankByName = () => {
@@ -78,7 +82,7 @@ function select() {
   const keep = SHOW[$("show").value][1];
   const wanted = Number($("domain").value || -1);
   const text = $("name").value.trim().toLowerCase();
-  const key = Float64Array.from(everything, SORT[$("sort").value][1]);
+  const key = Float64Array.from(everything, reading.blinded ? shuffled : SORT[$("sort").value][1]);
   state.order = everything
     .filter((i) => (wanted < 0 || domain[i] === wanted) && (!text || nameOf(i).toLowerCase().includes(text)) && keep(i))
     .sort((a, b) => key[a] - key[b] || a - b);
@@ -94,7 +98,7 @@ function select() {
 
 const grid = $("grid");
 const cells = new Map(); // position in the order -> <li>
-const META = 58; // pixels under a picture
+const META = labelled ? 72 : 56; // pixels under a picture
 let [columns, width, gap] = [1, 100, 10];
 
 function layOut() {
@@ -138,27 +142,48 @@ function render() {
   }
 }
 
-let queued = 0;
-const later = (task) => { cancelAnimationFrame(queued); queued = requestAnimationFrame(task); };
+const queued = new Map(); // task to its handle: each runs once a frame, and none takes another's place
+const later = (task) => { cancelAnimationFrame(queued.get(task)); queued.set(task, requestAnimationFrame(task)); };
 addEventListener("scroll", () => later(render), { passive: true });
 new ResizeObserver(() => { later(layOut); }).observe(grid);
 
 function makeCell(position) {
   const i = state.order[position];
   const image = el("img", { alt: "", src: `data:image/webp;base64,${images[i]}`, decoding: "async" });
-  const picture = el("span", { class: "picture" }, image, mapOver(i, $("maps").checked), el("span", { class: "badge" }));
+  const own = verdictOf(i) && el("span", { class: "own", title: `Your verdict: ${VERDICTS[verdictOf(i)]}` }, verdictOf(i).toUpperCase());
+  const picture = el("span", { class: "picture" }, image, mapOver(i, $("maps").checked), scaleBar(i), el("span", { class: "badge" }), own);
   const button = el("button", { type: "button", class: "card", "data-position": position, tabindex: position === state.active ? 0 : -1 });
+  const cell = el("li", { class: "cell", "aria-setsize": state.order.length, "aria-posinset": position + 1 }, button);
+  if (veiled(i)) { // the document holds nothing that a reader could see by accident
+    button.classList.add("veiled");
+    button.append(picture, " ", el("span", { class: "line" }, `Crop ${number(position + 1)}`));
+    return cell;
+  }
   const line = el("span", { class: "line" }, el("b", {}, fixed(p[i])), " ", el("span", { class: "verdict" }));
+  const known = label[i] === null ? "no label" : ["labelled ", el("span", { class: CLASSES[label[i]] }, CLASSES[label[i]])];
+  const truth = labelled ? el("span", { class: "truth" }, ...[known].flat()) : "";
   const file = el("span", { class: "file", title: path[i] }, shortName(i));
   const more = el("span", { class: "visually-hidden more" }); // what the track shows to the eye
-  button.append(picture, " ", track(i), line, " ", file, " ", more);
-  const cell = el("li", { class: "cell", "aria-setsize": state.order.length, "aria-posinset": position + 1 }, button);
+  button.append(picture, " ", track(i), line, " ", truth, " ", file, " ", more);
   judge(button, i);
   return cell;
 }
 
+/** Make a card again, because more or less of it may be shown. */
+function refresh(position) {
+  const cell = cells.get(position);
+  if (!cell) return;
+  const fresh = makeCell(position);
+  const focused = cell.contains(document.activeElement);
+  place(fresh, position);
+  cell.replaceWith(fresh);
+  cells.set(position, fresh);
+  if (focused) fresh.firstChild.focus({ preventScroll: true });
+}
+
 /** What depends on the threshold, written into a card. */
 function judge(button, i) {
+  if (veiled(i)) return;
   const result = outcome(i);
   const wrong = result === "fn" || result === "fp";
   button.classList.toggle("atypical-card", called(i) === 1);
@@ -167,8 +192,8 @@ function judge(button, i) {
   button.querySelector(".badge").textContent = wrong ? words[result] : "";
   const extent = folds[i].length > 1 ? `folds ${fixed(Math.min(...folds[i]))} to ${fixed(Math.max(...folds[i]))}` : "";
   const each = severalMembers ? members.map(({ name }, m) => `${name} ${fixed(member[i][m])}`).join(", ") : "";
-  const truth = result ? `labelled ${CLASSES[label[i]]}` : "";
-  button.querySelector(".more").textContent = [extent, each, truth].filter(Boolean).join(", ");
+  const own = verdictOf(i) ? `your verdict ${VERDICTS[verdictOf(i)]}` : "";
+  button.querySelector(".more").textContent = [extent, each, own].filter(Boolean).join(", ");
 }
 
 /** From 0 to 1: a bar from the lowest to the highest fold, a dot for the ensemble, a tick for the threshold, and a
@@ -194,8 +219,18 @@ function geometry(i) {
   return `left:${50 - (side * unit) / 2}%;top:${50 - (side * unit) / 2}%;width:${side * unit}%;height:${side * unit}%`;
 }
 
+/** 10 µm, or on small or large crops another round length of at most half their width. */
+function scaleBar(i, text = false) {
+  const across = Math.max(...data.size[i]); // pixels of the square box
+  const most = (Math.min(data.size[i][0], 1e6) * data.mpp) / 2;
+  const length = [10, 5, 2, 1].find((micrometres) => micrometres <= most);
+  if (!length) return null;
+  const style = `width:${(100 * length) / data.mpp / across}%`;
+  return el("span", { class: "scale", style, "aria-hidden": "true" }, text ? el("span", {}, `${length} µm`) : "");
+}
+
 function mapOver(i, wanted) {
-  if (!wanted || !data.maps[i]) return null;
+  if (!wanted || !data.maps[i] || veiled(i)) return null;
   const canvas = drawMap(data.maps[i]);
   canvas.style.cssText = geometry(i);
   return canvas;
@@ -215,6 +250,12 @@ function moveTo(position, focus = true) {
 }
 
 grid.addEventListener("keydown", (event) => {
+  const verdict = pressed(event);
+  if (verdict && state.order.length) {
+    give(state.order[state.active], verdict);
+    if (verdictOf(state.order[state.active])) moveTo(state.active + 1); // one key a crop
+    return;
+  }
   const rows = Math.max(1, Math.floor(innerHeight / (width + META + gap)) - 1) * columns;
   const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns, PageUp: -rows, PageDown: rows, Home: -Infinity, End: Infinity };
   if (!(event.key in steps) || event.ctrlKey || event.metaKey || event.altKey) return;
@@ -238,6 +279,7 @@ function setThreshold(value, reselect = true) {
   const keepsOrder = ["all"].includes($("show").value) && !["error", "doubt"].includes($("sort").value);
   if (reselect && !keepsOrder) select();
   else cells.forEach((cell, position) => judge(cell.firstChild, state.order[position]));
+  drawReading();
 }
 
 let saying = 0;
@@ -282,19 +324,28 @@ function show(values) {
 // ---- one crop, large ----
 
 const detail = $("detail");
+let enlarged = null; // the crop that the dialog shows: verdicts given there are its own, whatever the order does
 function openDetail(position) {
   moveTo(position, false);
-  const i = state.order[state.active];
+  enlarged = state.order[state.active];
+  drawDetail();
+}
+function drawDetail() {
+  const i = enlarged;
   const result = outcome(i);
-  $("detail-title").textContent = shortName(i);
+  const place = `Crop ${number(state.active + 1)} of ${number(state.order.length)}`;
+  $("detail-title").textContent = veiled(i) ? place : shortName(i);
   $("previous").disabled = state.active === 0;
   $("next").disabled = state.active === state.order.length - 1;
   const overlay = mapOver(i, $("overlay").checked);
   const frame = $("frame").checked ? el("span", { class: "frame", style: geometry(i) }) : null;
-  const about = `Crop ${shortName(i)}, called ${CLASSES[called(i)]}`;
-  $("stage").replaceChildren(el("img", { alt: about, src: `data:image/webp;base64,${images[i]}` }), ...[overlay, frame].filter(Boolean));
-  $("overlay-label").hidden = !data.maps[i];
-  const verdict = el("p", { class: `verdict-large ${CLASSES[called(i)]}` }, CLASSES[called(i)], el("small", {}, `P(atypical) ${p[i].toPrecision(4)}`));
+  const about = veiled(i) ? place : `Crop ${shortName(i)}, called ${CLASSES[called(i)]}`;
+  $("stage").replaceChildren(el("img", { alt: about, src: `data:image/webp;base64,${images[i]}` }), ...[overlay, frame, scaleBar(i, true)].filter(Boolean));
+  $("overlay-label").hidden = !data.maps[i] || veiled(i);
+  for (const button of $("verdicts").children) button.setAttribute("aria-pressed", button.value === verdictOf(i));
+  if (!detail.open) detail.showModal();
+  if (veiled(i)) return $("detail-facts").replaceChildren(el("p", { class: "muted" }, "The answer is shown after your verdict."));
+  const verdict = el("p", { class: `verdict-large ${CLASSES[called(i)]}` }, CLASSES[called(i)], el("small", {}, `is the ensemble’s answer, P(atypical) ${p[i].toPrecision(4)}`));
   const facts = [["Threshold", fixed(state.threshold)]];
   if (result) facts.push(["Label", `${CLASSES[label[i]]}: ${words[result]}`]);
   const answer = (value) => `${fixed(value)}, ${CLASSES[Number(value >= state.threshold)]}`;
@@ -306,23 +357,29 @@ function openDetail(position) {
   else folds[i].forEach((value, n) => facts.push([`Fold ${n}`, answer(value)]));
   if (severalMembers) facts.push(["Spread", `${fixed(memberSpread[i])} of the members, ${fixed(spread[i])} of the folds`]);
   else if (folds[i].length > 1) facts.push(["Spread", fixed(spread[i])]);
-  if (data.maps[i]) facts.push(["Centre's share", `${percent(data.maps[i].centre, 1)} of what moves the answer (its area: ${percent(data.maps[i].area, 1)})`]);
+  if (data.maps[i]) facts.push(["Centre", `has ${percent(data.maps[i].centre, 1)} of the effect on the answer, and ${percent(data.maps[i].area, 1)} of the area`]);
   if (domain[i] >= 0) facts.push(["Domain", domains[domain[i]]]);
   facts.push(["File", path[i]]);
   if (severalPages) facts.push(["Page", String(page[i])]);
-  facts.push(["Size", data.size[i].join(" × ") + " pixels"]);
+  const side = data.size[i].map((pixels) => Number((pixels * data.mpp).toPrecision(3)));
+  facts.push(["Size", `${data.size[i].join(" × ")} pixels, ${side.join(" × ")} µm at ${data.mpp} µm per pixel`]);
   const rows = facts.map(([name, value]) => el("tr", {}, el("th", { scope: "row" }, name), el("td", {}, value)));
   $("detail-facts").replaceChildren(verdict, track(i), el("table", { class: "facts" }, el("tbody", {}, ...rows)));
-  if (!detail.open) detail.showModal();
 }
-for (const id of ["frame", "overlay"]) $(id).addEventListener("change", () => openDetail(state.active));
+function giveInDetail(key) {
+  give(enlarged, key);
+  drawDetail(); // stays, to compare with the answer
+}
+for (const id of ["frame", "overlay"]) $(id).addEventListener("change", drawDetail);
 $("previous").addEventListener("click", () => openDetail(state.active - 1));
 $("next").addEventListener("click", () => openDetail(state.active + 1));
 $("close").addEventListener("click", () => detail.close());
 detail.addEventListener("keydown", (event) => {
   if (event.key === "ArrowLeft") openDetail(state.active - 1);
   if (event.key === "ArrowRight") openDetail(state.active + 1);
+  if (pressed(event)) giveInDetail(pressed(event));
 });
+for (const button of $("verdicts").children) button.addEventListener("click", () => giveInDetail(button.value));
 detail.addEventListener("click", (event) => { if (event.target === detail) detail.close(); });
 detail.addEventListener("close", () => moveTo(state.active));
 
@@ -354,8 +411,8 @@ addEventListener("afterprint", () => forPaper(false));
 function start() {
   const several = folds[0].length > 1;
   const offered = {
-    show: Object.keys(SHOW).slice(0, labelled ? 11 : 6)
-      .filter((key) => (several || key !== "disagree") && (severalMembers || key !== "members") && (key !== "maps" || (data.maps.some(Boolean) && !data.maps.every(Boolean)))),
+    show: Object.keys(SHOW)
+      .filter((key) => (labelled || !["mistakes", "fn", "fp", "tp", "tn"].includes(key)) && (several || key !== "disagree") && (severalMembers || key !== "members") && (key !== "maps" || (data.maps.some(Boolean) && !data.maps.every(Boolean)))),
     sort: Object.keys(SORT).filter((key) => (labelled || key !== "error") && (several || key !== "spread") && (severalMembers || key !== "apart") && (data.maps.length || key !== "centre")),
   };
   for (const [id, table] of [["show", SHOW], ["sort", SORT]]) {
@@ -369,24 +426,28 @@ function start() {
   $("confusion-panel").hidden = !labelled;
   $("roc-panel").hidden = !curve;
   $("maps-label").hidden = !data.maps.some(Boolean);
+  $("maps").checked = data.maps.some(Boolean); // they were asked for
   $("name").addEventListener("input", () => later(select));
   $("maps").addEventListener("change", select);
   $("clear").addEventListener("click", () => show({ show: "all", domain: -1, name: "" }));
   $("threshold").addEventListener("input", () => setThreshold(Number($("threshold").value)));
   $("threshold-number").addEventListener("input", () => $("threshold-number").value !== "" && setThreshold(Number($("threshold-number").value)));
   $("reset").addEventListener("click", () => setThreshold(data.threshold));
-  $("legend").append(el("p", {}, "Bar: lowest to highest fold. Dot: the ensemble. Tick: the threshold. Frame: vermilion where the answer is atypical, green where it is normal."),
+  $("legend").append(el("p", {}, "Bar: lowest to highest fold. Dot: the ensemble. Tick: the threshold. The line below a picture is vermilion where the answer is atypical, green where it is normal."),
     severalMembers ? el("p", {}, "Strokes: the members, ", ...members.flatMap(({ name }, m) => [m ? ", " : "", el("span", { class: `member-name m${m}` }, name)]), ".") : "",
     labelled ? el("p", {}, "A crop answered against its label is marked missed (atypical, called normal) or false alarm (normal, called atypical).") : "",
-    data.maps.some(Boolean) ? el("p", {}, "Where it looks: hiding a vermilion place makes the crop look less atypical, hiding a green place more.") : "");
+    data.maps.some(Boolean) ? el("p", {}, "Where it looks: hiding a vermilion place makes the crop look less atypical, hiding a green place more.") : "",
+    el("p", {}, `White bar: 10 µm, where a pixel is ${data.mpp} µm. On crops too small for it, 5, 2 or 1 µm.`),
+    el("p", {}, "Keys on a crop: A atypical, N normal, X no mitosis; the letter in its corner is your verdict."));
   let drawn = 0;
   new ResizeObserver(([entry]) => {
     const now = Math.round(entry.contentRect.width);
     if (now !== drawn) drawHistogram($("histogram"), p, label, labelled, state.threshold, data.threshold);
     drawn = now;
   }).observe($("histogram"));
+  startReading();
   setThreshold(data.threshold, false);
-  select();
+  showBlinded();
   document.documentElement.dataset.ready = "true";
 }
 start();

@@ -19,7 +19,8 @@ from ..imageio.stack import read_stack
 from ..manifest import Manifest
 from ..progress import Progress
 from ..report.page import Picture, picture
-from .table import Table
+from ..seen import Seen
+from .table import AnswerTable
 
 if TYPE_CHECKING:
     from ..ensemble import Ensemble
@@ -27,18 +28,21 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Run:
-    """rows: of the run so far, in its order; pictures: kept only for a report; scored: (p, label) of labelled crops."""
+class ScoreRun:
+    """rows: of the run so far, in its order; pictures: kept only for a report
+
+    seen: the crops that the ensemble was trained on; None where it does not matter
+    """
 
     device: str
     precision: str
     keep_pictures: bool
     manifest: Manifest
-    table: Table
+    table: AnswerTable
     items: list[Item]
+    seen: Seen | None = None
     rows: list[Answer] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
-    scored: list[tuple[float, int]] = field(default_factory=list)
     new: int = 0
     atypical: int = 0
     failed: int = 0
@@ -56,7 +60,7 @@ class Run:
         """An item's pages: known answers, or answers without folds, each with its crop if that is needed."""
         content = content_of(Path(item.path))
         known = self.table.done.get((item.path, content), {})
-        if known and not self.keep_pictures:
+        if known and not self.keep_pictures and self.seen is None:
             wanted = range(next(iter(known.values())).pages) if item.page is None else [item.page]
             if all(page in known for page in wanted):
                 return [(known[page], None) for page in wanted]
@@ -66,70 +70,67 @@ class Run:
             for page, crop in pages_of(crops, item.page)
         ]
 
-    def stream(self) -> Iterator[tuple[Answer, np.ndarray | None]]:
+    def stream(self, progress: Progress) -> Iterator[tuple[Answer, np.ndarray | None]]:
         """Each page once, in the order in which the pages are first named.
 
         An item that cannot be read is named on stderr, counted and left out.
         """
-        progress, worked = Progress(len(self.items), "files"), 0
+        worked = 0
         single = {(item.file, item.page): item for item in self.items if item.page is not None}
         whole = {item.file for item in self.items if item.page is None}
         seen: set[tuple[str, int]] = set()  # of files that are named as a whole and page by page
         for number, item in enumerate(self.items):
             progress.show(number, worked, self.new)
             try:
-                found = self.pages(item)
+                pages = self.pages(item)
             except UserError as error:
                 self.failed += 1
                 progress.clear()
                 print(f"not scored: {describe(UserError(f'{item.path}: {error}'))}", file=sys.stderr, flush=True)
                 continue
-            worked += any(not row.fold_p for row, _ in found)
-            for row, crop in found:
+            worked += any(not row.fold_p for row, _ in pages)
+            for row, crop in pages:
                 page = item.file, row.page
                 if page in single and item.file in whole:
                     if page in seen:
                         continue
                     seen.add(page)
-                about = single.get(page, item)
-                yield replace(row, label=about.label, domain=about.domain), crop
-        progress.clear()
+                named = single.get(page, item)
+                row = replace(row, label=named.label, domain=named.domain, slide=named.slide)
+                if self.seen is not None and crop is not None:
+                    row = replace(row, seen=crop in self.seen)
+                yield row, crop
 
     def score(self) -> None:
         """Read, predict and write in batches of about a second: a run that is stopped loses no more than that."""
         batch: list[tuple[Answer, np.ndarray | None]] = []
         size, waiting = 8, 0
-        for row, crop in self.stream():
-            batch.append((row, crop))
-            waiting += not row.fold_p
-            if waiting == size:
-                start = time.perf_counter()
-                self.finish(batch)
-                size = next_size(size, time.perf_counter() - start)
-                batch, waiting = [], 0
-            elif len(batch) == 4096:  # nearly all known
-                self.finish(batch)
-                batch, waiting = [], 0
-        self.finish(batch)
+        with Progress(len(self.items), "files") as progress:
+            for row, crop in self.stream(progress):
+                batch.append((row, crop))
+                waiting += not row.fold_p
+                if waiting == size:
+                    start = time.perf_counter()
+                    self.finish(batch)
+                    size = next_size(size, time.perf_counter() - start)
+                    batch, waiting = [], 0
+                elif len(batch) == 4096:  # nearly all known
+                    self.finish(batch)
+                    batch, waiting = [], 0
+            self.finish(batch)
 
     def finish(self, batch: list[tuple[Answer, np.ndarray | None]]) -> None:
         """Predict what has no answer yet, write it, and keep what the report and the metrics need."""
         waiting = [n for n, (row, _) in enumerate(batch) if not row.fold_p]
         rows = [row for row, _ in batch]
         if waiting:
-            several = len(self.manifest.members) > 1
             prediction = self.ensemble().predict([crop for n in waiting if (crop := batch[n][1]) is not None])
-            for k, n in enumerate(waiting):
-                rows[n] = replace(
-                    rows[n],
-                    p_atypical=float(prediction.p_atypical[k]),
-                    fold_p=tuple(prediction.fold_p[:, k].tolist()),
-                    member_p=tuple(prediction.member_p[:, k].tolist()) if several else (),
-                )
-            self.table.append([rows[n] for n in waiting])
+            answers = Answer.of(prediction, [rows[n] for n in waiting])
+            for n, answer in zip(waiting, answers, strict=True):
+                rows[n] = answer
+            self.table.append(answers)
         self.new += len(waiting)
         self.atypical += sum(row.p_atypical >= self.manifest.threshold for row in rows)
-        self.scored += [(row.p_atypical, row.label) for row in rows if row.label is not None]
         self.rows += rows
         if self.keep_pictures:
             self.pictures += [picture(crop) for _, crop in batch if crop is not None]
@@ -140,11 +141,10 @@ class Run:
 
         order = most_worth_a_look(self.rows, self.manifest.threshold)[:count]
         maps: list[Attribution | None] = [None] * len(self.rows)
-        progress = Progress(len(order), "maps")
-        for done, n in enumerate(order):
-            progress.show(done, done, done)
-            maps[n] = attribute(self.ensemble(), read_stack(Path(self.rows[n].path))[self.rows[n].page])
-        progress.clear()
+        with Progress(len(order), "maps", rate="maps") as progress:
+            for done, n in enumerate(order):
+                progress.show(done, done, done)
+                maps[n] = attribute(self.ensemble(), read_stack(Path(self.rows[n].path))[self.rows[n].page])
         return maps
 
 

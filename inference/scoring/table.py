@@ -14,12 +14,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO
 
-from ..answers import CONTENT, Answer, columns, fold_columns, member_columns
-from ..checksums import ensemble_id
+from ..answers import CONTENT, Answer, Computed, columns, fold_columns, member_columns
 from ..errors import UserError
 from ..files import claim, replacing
 from ..imageio.listing import Item
-from ..labels import class_of
 from ..manifest import Manifest
 
 Key = tuple[str, int, str]  # path, page, content
@@ -29,22 +27,20 @@ def key_of(row: Answer) -> Key:
     return row.path, row.page, row.content
 
 
-class Table:
+class AnswerTable:
     """`done` holds the rows found in the file, by path and content, then by page; `append` writes more to disk."""
 
-    def __init__(
-        self, file: Path | None, manifest: Manifest, computed: tuple[str, str], to_stdout: bool = False
-    ) -> None:
+    def __init__(self, file: Path | None, manifest: Manifest, computed: Computed, to_stdout: bool = False) -> None:
         """file: created, or checked and resumed if it exists; None writes nowhere, or to stdout.
 
-        computed: the device and the precision of this run. UserError where the file holds anything else.
+        computed: of this run. UserError where the file holds anything else.
         """
         self.file = file.resolve() if file else None  # a link stays, and its target is replaced
         self.threshold = manifest.threshold
         self.columns = columns(manifest)
         self.folds = slice(5, 5 + len(fold_columns(manifest)))
         self.members = slice(self.folds.stop, self.folds.stop + len(member_columns(manifest)))
-        self.computed = [*computed, ensemble_id(manifest)]
+        self.computed = computed
         self.done: dict[tuple[str, str], dict[int, Answer]] = {}
         self.keys: list[Key] = []  # of all rows in the file, in its order
         self.stream: IO[str] | None = sys.stdout if to_stdout else None
@@ -95,7 +91,7 @@ class Table:
             try:
                 for line in lines:
                     row = self._parse(line)
-                    self._expect(file, line[-3:])
+                    self._expect(file, Computed(*line[-3:]))
                     self.keys.append(key_of(row))
                     self.done.setdefault((row.path, row.content), {})[row.page] = row
             except (ValueError, csv.Error) as error:
@@ -108,24 +104,24 @@ class Table:
             raise ValueError(f"{len(line)} fields instead of {len(self.columns)}")
         folds, members = (tuple(map(float, line[part])) for part in (self.folds, self.members))
         p, page, pages, content = float(line[3]), int(line[1]), int(line[2]), line[-4]
-        if not (all(0 <= one <= 1 for one in (p, *folds, *members)) and 0 <= page < pages):
+        if not (all(0 <= share <= 1 for share in (p, *folds, *members)) and 0 <= page < pages):
             raise ValueError("a probability or a page is out of range")
         if not CONTENT.fullmatch(content):
             raise ValueError(f"content {content!r:.80}")
         return Answer(line[0], page, p, folds, members, pages=pages, content=content)
 
-    def _expect(self, file: Path, computed: list[str]) -> None:
-        if computed == self.computed:
+    def _expect(self, file: Path, past: Computed) -> None:
+        ours = self.computed
+        if past == ours:
             return
-        (device, precision, ensemble), (our_device, our_precision, ours) = computed, self.computed
-        if ensemble != ours:
+        if past.ensemble != ours.ensemble:
             raise UserError(
-                f"{file} holds answers of ensemble {ensemble}; expected ensemble {ours}; name another CSV file, "
-                "or choose its ensemble with --weights"
+                f"{file} holds answers of ensemble {past.ensemble}; expected ensemble {ours.ensemble}; name another "
+                "CSV file, or choose its ensemble with --weights"
             )
         raise UserError(
-            f"{file} was computed on {device} in {precision}; expected {our_device} in {our_precision}, as this run "
-            "computes; name another CSV file, or choose them with --device and --precision"
+            f"{file} was computed on {past.device} in {past.precision}; expected {ours.device} in {ours.precision}, "
+            "as this run computes; name another CSV file, or choose them with --device and --precision"
         )
 
     def check_named(self, items: Sequence[Item], folders: Sequence[Path]) -> None:
@@ -166,10 +162,8 @@ class Table:
         return UserError(f"{where} cannot be written ({error.strerror}); expected a file with space left; run it again")
 
     def _cells(self, row: Answer) -> list[str]:
-        members = row.member_p if self.members.stop > self.members.start else ()
-        where = [quoted(row.path), str(row.page), str(row.pages)]
-        answer = [repr(row.p_atypical), class_of(row.p_atypical, self.threshold)]
-        return [*where, *answer, *map(repr, (*row.fold_p, *members, row.spread)), row.content, *self.computed]
+        cells = row.cells(self.threshold, self.computed)
+        return [quoted(cell) if isinstance(cell, str) else repr(cell) for cell in cells]
 
     def _write(self, lines: Iterable[Sequence[str]]) -> None:
         if self.stream is None:
@@ -183,6 +177,6 @@ class Table:
             raise self._unwritable(error) from None
 
 
-def quoted(path: str) -> str:
+def quoted(text: str) -> str:
     """A cell with any file's name; the csv module leaves a carriage return bare, and reads it as a row's end."""
-    return '"' + path.replace('"', '""') + '"' if any(letter in path for letter in ',"\r\n') else path
+    return '"' + text.replace('"', '""') + '"' if any(letter in text for letter in ',"\r\n') else text

@@ -12,14 +12,13 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
+from ..answers import Answer
 from ..errors import UserError
 from ..files import claim
 
-Answered = tuple[float, tuple[float, ...], tuple[float, ...]]  # P(atypical), that of each fold and of each member
-
 
 def key(*what: object) -> str:
-    return sha256(json.dumps([str(one) for one in what]).encode()).hexdigest()[:32]
+    return sha256(json.dumps([str(part) for part in what]).encode()).hexdigest()[:32]
 
 
 class Journal:
@@ -27,7 +26,7 @@ class Journal:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.known: dict[str, Answered] = {}
+        self.known: dict[str, Answer] = {}
         self.stream = file.open("a+b")
         try:
             claim(self.stream, file)
@@ -44,19 +43,20 @@ class Journal:
             try:
                 if not line.endswith(b"\n"):
                     break
-                batch: dict[str, Answered] = {}
+                batch: dict[str, Answer] = {}
                 for name, p, folds, members in json.loads(line):
-                    batch[str(name)] = float(p), tuple(map(float, folds)), tuple(map(float, members))
+                    batch[str(name)] = Answer("", 0, float(p), tuple(map(float, folds)), tuple(map(float, members)))
                 self.known |= batch
             except (ValueError, TypeError):
                 break  # cut off by a stop or a full disk: ignore the rest
             end += len(line)
         self.stream.truncate(end)
 
-    def add(self, answers: Sequence[tuple[str, Answered]]) -> None:
+    def add(self, answers: Sequence[tuple[str, Answer]]) -> None:
         """A batch: after a crash all of it is known, or nothing."""
         if answers:
-            self.stream.write(json.dumps([[name, *answer] for name, answer in answers]).encode() + b"\n")
+            batch = [(name, answer.p_atypical, answer.fold_p, answer.member_p) for name, answer in answers]
+            self.stream.write(json.dumps(batch).encode() + b"\n")
             self.stream.flush()
 
     def remove(self) -> None:

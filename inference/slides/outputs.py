@@ -4,44 +4,44 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..answers import Answer, fold_columns, member_columns
+from ..answers import Answer, value_columns
 from ..checksums import ensemble_id
 from ..errors import UserError
 from ..files import replacing, write_whole
-from ..labels import class_of as called
+from ..imageio.listing import is_formula
 from ..manifest import Manifest
 from . import statistics
-from .found import Feature, class_of
-from .geometry import outline
+from .detections.geometry import outline
+from .detections.objects import Feature, class_name
+from .detections.packed import Target
+from .detections.targets import Complain, Region
+from .frames import placement
 from .qupath import collection, moved, with_answer
-from .statistics import Summary, hot_spot
-from .targets import Complain, Region, Target
-from .work import Scored, scale
+from .slide_work import Scored
+from .statistics import Summary, hot_spot, window_fits
+
+if TYPE_CHECKING:
+    import shapely
 
 GEOJSON = (".geojson", ".json")
 ABOUT = ["slide", "x", "y", "id", "detected_as", "detections"]  # of an object, before its answer's columns
-REPORT = b"atypical mitotic figures</title>"
 
 
-def check_writable(file: Path, begins: bytes, inputs: Iterable[Path]) -> None:
-    """UserError where `file` is an input or not ours: it has to be new, or to begin as our files do."""
-    if any(file.exists() and one.exists() and file.samefile(one) for one in inputs):
+def check_writable(file: Path, is_ours: Callable[[Path], bool], inputs: Iterable[Path]) -> None:
+    """UserError where `file` is an input or somebody else's: it has to be new, empty, or ours."""
+    if any(file.exists() and item.exists() and file.samefile(item) for item in inputs):
         raise UserError(f"{file} is an input; expected another file for the results; name another")
     try:
         if file.is_dir() or not file.absolute().parent.is_dir():
             raise UserError(f"{file} cannot be written; expected a file in a folder that exists; name another")
-        if file.exists():
-            with file.open("rb") as stream:
-                start = stream.read(max(1024, len(begins)))
-            if start and (begins not in start if begins is REPORT else not start.startswith(begins)):
-                raise UserError(
-                    f"{file} holds something else; expected a new file, or one of this command; name another"
-                )
+        if file.exists() and file.stat().st_size and not is_ours(file):
+            raise UserError(f"{file} holds something else; expected a new file, or one of this command; name another")
     except OSError as error:
         raise UserError(
             f"{file} cannot be written ({error.strerror}); expected a writable file; name another"
@@ -49,8 +49,7 @@ def check_writable(file: Path, begins: bytes, inputs: Iterable[Path]) -> None:
 
 
 def header(manifest: Manifest) -> list[str]:
-    answer = ["p_atypical", "class", *fold_columns(manifest), *member_columns(manifest), "spread", "ensemble"]
-    return ABOUT + answer
+    return [*ABOUT, *value_columns(manifest), "ensemble"]
 
 
 def geojson_file(output: Path, slide: Path) -> Path:
@@ -61,18 +60,21 @@ def geojson_file(output: Path, slide: Path) -> Path:
 def for_qupath(target: Target, answer: Answer, scored: Scored, origin: str | None, manifest: Manifest) -> Feature:
     """The object with its answer; a geometry made here gets coordinates from the scanned area, as in QuPath."""
     feature = target.feature
-    if not target.theirs:
-        factor = scale(target.magnification, scored.slide)
-        offset = (0.0, 0.0) if origin == "scan" else scored.slide.scanned_from()
-        if factor != 1 or offset != (0, 0):
-            move = lambda x, y: (x * factor - offset[0], y * factor - offset[1])  # noqa: E731
+    if not target.source.own_geometry:
+        where, (left, top) = placement(target.frame, scored.slide, origin), scored.slide.scanned_from
+        if where.scale != (1, 1) or where.offset != (left, top):
+
+            def move(x: float, y: float) -> tuple[float, float]:
+                x, y = where.on_slide(x, y)
+                return x - left, y - top
+
             feature = feature | {"geometry": moved(feature["geometry"], move)}
     return with_answer(feature, answer, manifest)
 
 
 def write_geojson(output: Path, scored: Scored, origin: str | None, manifest: Manifest) -> Path:
     """One slide's objects; returns the file. OSError where it cannot be written."""
-    file = geojson_file(output, scored.file)
+    file = geojson_file(output, scored.slide.file)
     file.parent.mkdir(parents=True, exist_ok=True)
     features = (
         for_qupath(target, answer, scored, origin, manifest)
@@ -87,16 +89,14 @@ def object_row(
     target: Target, place: tuple[float, float], answer: Answer, slide: str, manifest: Manifest
 ) -> list[object]:
     """An object's cells, in the order of `header`."""
-    about = [slide, f"{place[0]:.12g}", f"{place[1]:.12g}", target.id, class_of(target.feature), target.file.name]
-    p = answer.p_atypical
-    numbers = [*answer.fold_p, *answer.member_p, answer.spread]
-    return [*map(plain, about), repr(p), called(p, manifest.threshold), *map(repr, numbers), ensemble_id(manifest)]
+    named = [slide, f"{place[0]:.12g}", f"{place[1]:.12g}", target.id, class_name(target.feature), target.file.name]
+    return [*map(plain, named), *answer.values(manifest.threshold), ensemble_id(manifest)]
 
 
 def plain(text: str) -> str:
-    """The text on one line, and such that a spreadsheet does not read it as a formula."""
+    """The text on one line, and such that a spreadsheet does not read it as a formula; numbers stay as they are."""
     text = " ".join(text.split()) if "\n" in text or "\r" in text else text
-    return f"'{text}" if text[:1] in ("=", "+", "@") else text
+    return f"'{text}" if is_formula(text) else text
 
 
 def write_csv(file: Path, results: Sequence[Scored], manifest: Manifest) -> None:
@@ -104,41 +104,59 @@ def write_csv(file: Path, results: Sequence[Scored], manifest: Manifest) -> None
     with replacing(file) as hidden, hidden.open("w", newline="", encoding="utf-8", errors="replace") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(header(manifest))
-        for one in results:
-            for target, place, answer in zip(one.targets, one.places, one.answers, strict=True):
-                writer.writerow(object_row(target, place, answer, one.title, manifest))
+        for scored in results:
+            for target, place, answer in zip(scored.targets, scored.places, scored.answers, strict=True):
+                writer.writerow(object_row(target, place, answer, scored.title, manifest))
 
 
-def summarise(
-    scored: Scored, failed: int, regions: Sequence[Region], origin: str | None, manifest: Manifest, complain: Complain
-) -> Summary:
-    """One slide's counts. regions: outlines whose area counts, with the same origin as the objects."""
+def region_of(
+    scored: Scored, regions: Sequence[Region], origin: str | None, complain: Complain
+) -> shapely.Geometry | None:
+    """The part of the slide that the outlines go around, in level-0 pixels; None where there is no such part.
+
+    Each outline that cannot be used, or lies outside the slide, is passed to `complain`.
+    """
     import shapely
     from shapely.affinity import affine_transform
 
-    x, y = np.array(scored.places).reshape(-1, 2).T
-    atypical = np.array([one.p_atypical >= manifest.threshold for one in scored.answers], bool)
-    mpp = scored.slide.level.mpp
-    offset = scored.slide.scanned_from() if origin == "scan" else (0.0, 0.0)
-    outlines = []
-    for one in regions:
+    whole = shapely.box(0, 0, *scored.slide.size)
+    parts = []
+    for region in regions:
         try:
-            factor = scale(one.magnification, scored.slide)
-            matrix = [factor, 0, 0, factor, *offset]
-            outlines.append(affine_transform(outline(one.geometry, figure=False), matrix))
+            (fx, fy), (left, top) = placement(region.frame, scored.slide, origin)
+            shape = affine_transform(outline(region.geometry, figure=False), [fx, 0, 0, fy, left, top])
+            part = shape.intersection(whole)
+            if not part.area:
+                width, height = scored.slide.size
+                raise UserError(
+                    f"it lies outside the slide's {width:,} x {height:,} pixels; expected an outline on it, in level-0 "
+                    "pixels"
+                )
+            parts.append(part)
         except UserError as error:
-            complain(f"{scored.title}, region {one.where}", str(error), False)
-    region = shapely.union_all(outlines)  # what lies in several outlines counts once
-    square_mm, counts = region.area * mpp[0] * mpp[1] / 1e6, shapely.intersects_xy(region, x, y)
+            complain([f"{scored.title}, region {region.where}"], str(error), False)
+    return shapely.union_all(parts) if parts else None  # what lies in several outlines counts once
+
+
+def summarise(scored: Scored, failed: int, region: shapely.Geometry | None, threshold: float) -> Summary:
+    """One slide's counts. region: as `region_of` returns it; the hot spots count the figures in it alone."""
+    import shapely
+
+    slide = scored.slide
+    x, y = np.array(scored.places).reshape(-1, 2).T
+    atypical = np.array([answer.p_atypical >= threshold for answer in scored.answers], bool)
+    inside = np.ones(len(x), bool) if region is None else shapely.intersects_xy(region, x, y)
+    hottest = [hot_spot(x[chosen], y[chosen], slide.size, slide.level.mpp) for chosen in (inside, inside & atypical)]
     return Summary(
         slide=scored.title,
         figures=len(x),
         atypical=int(atypical.sum()),
         failed=failed,
-        area=square_mm or None,
-        inside=(int(counts.sum()), int((counts & atypical).sum())) if square_mm else None,
-        hottest=hot_spot(x, y, mpp),
-        hottest_atypical=hot_spot(x[atypical], y[atypical], mpp),
+        area=None if region is None else region.area * slide.level.mpp[0] * slide.level.mpp[1] / 1e6,
+        inside=None if region is None else (int(inside.sum()), int((inside & atypical).sum())),
+        too_small=not window_fits(slide.size, slide.level.mpp),
+        hottest=hottest[0],
+        hottest_atypical=hottest[1],
     )
 
 
@@ -147,7 +165,7 @@ def write_summary(file: Path, summaries: Sequence[Summary]) -> None:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, statistics.COLUMNS, lineterminator="\n")
     writer.writeheader()
-    for one in summaries:
-        row = one.row()
+    for summary in summaries:
+        row = summary.row()
         writer.writerow(row | {"slide": plain(str(row["slide"]))})
     write_whole(file, text.getvalue())

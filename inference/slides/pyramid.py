@@ -9,22 +9,26 @@ x and y are level-0 pixels as OpenSlide counts them. Reader: https://openslide.o
 from __future__ import annotations
 
 import math
+import os
+import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from ..imageio.pixels import from_pillow
 from ..imageio.stack import MAX_SIDE
+from ..resolution import NEAR, PLAUSIBLE, is_near, is_plausible
 
 if TYPE_CHECKING:
     from openslide import ImageSlide, OpenSlide
     from PIL import Image
 
-# AMi-Br's crops are the scanners' own pixels, 0.23 um/px (Hamamatsu) to 0.25 (Aperio; Aubreville et al. 2023, table 1)
-NEAR = 0.1  # a level whose um/px is within this share of the wanted one is not resampled
 CONVERT = (".czi", ".vsi", ".ets", ".lif", ".isyntax")  # OpenSlide 4 reads some CZI files, and none of the others
 CONVERT_BY = "convert it with bfconvert (Bio-Formats) or QuPath to a tiled OME-TIFF"
-PLAUSIBLE = 0.05, 5.0  # um/px of a slide; 72 dpi, a default of many programs, would be 353
+SAME = 0.01  # share by which two statements of um/px may differ
+UNITS = {"nm": 1e-3, "µm": 1.0, "\u03bcm": 1.0, "mm": 1e3, "cm": 1e4}
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,47 @@ class Level:
     mpp: tuple[float, float]  # of level 0, um/px in x and y
 
 
+def file_of(slide: Path) -> Path:
+    """The file to open: the slide itself, or the first file of the only DICOM slide in a folder.
+
+    OpenSlide finds a DICOM slide's other files, which have the same series, beside it. UserError where the folder holds
+    no slide or several.
+    """
+    if not os.path.isdir(slide):  # Path.is_dir raises where a name is too long; to open it says so
+        return slide
+    from openslide import OpenSlide, OpenSlideError
+
+    series: dict[str, Path] = {}
+    reason = "no files of DICOM's form"
+    try:
+        for file in sorted(slide.iterdir()):
+            if not file.is_file() or not begins_as_dicom(file):
+                continue
+            try:
+                with OpenSlide(file) as opened:
+                    series.setdefault(opened.properties.get("dicom.SeriesInstanceUID", ""), file)
+            except OpenSlideError as error:  # annotations and segmentations may lie beside the slide
+                reason = str(error)
+    except OSError as error:
+        raise UserError(f"cannot be opened ({error.strerror}); expected a slide; check the path") from None
+    if len(series) > 1:
+        raise UserError(f"is a folder with {len(series)} DICOM slides; expected one; name one of its files")
+    if not series:
+        raise UserError(f"is a folder without a DICOM slide ({reason:.200}); expected a slide; name its file")
+    return next(iter(series.values()))
+
+
+def begins_as_dicom(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(132)[128:] == b"DICM"
+
+
 def open_slide(file: Path) -> OpenSlide | ImageSlide:
-    """A slide in one of OpenSlide's formats, or a flat image (PNG, JPEG, TIFF) as a slide of one level."""
-    from openslide import ImageSlide, OpenSlide, OpenSlideError, OpenSlideUnsupportedFormatError
+    """A slide in one of OpenSlide's formats, or a flat image (PNG, JPEG, TIFF) as a slide of one level.
+
+    file: `file_of` a slide
+    """
+    from openslide import OpenSlide, OpenSlideError, OpenSlideUnsupportedFormatError
     from PIL import Image
 
     try:
@@ -47,8 +89,9 @@ def open_slide(file: Path) -> OpenSlide | ImageSlide:
             try:
                 return OpenSlide(file)
             except OpenSlideUnsupportedFormatError:
+                warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # its error is enough
                 with Image.open(file, formats=("PNG", "JPEG", "TIFF")) as image:
-                    return ImageSlide(image.convert("RGB"))  # all of it in memory: 3 bytes a pixel
+                    return flat_image(image)
     except Image.DecompressionBombError:
         raise UserError("is a flat image of too many pixels; expected a tiled, pyramidal one; convert it") from None
     except OpenSlideError as error:
@@ -65,32 +108,78 @@ def unreadable(file: Path, reason: str) -> str:
     return f"cannot be read by OpenSlide ({reason}); expected a slide in one of its formats{how}"
 
 
+def stated_mpp(slide: OpenSlide | ImageSlide) -> tuple[float, float]:
+    """µm/px of level 0 by the slide's tags or its OME-XML; (0, 0) where they do not say."""
+    try:
+        return float(slide.properties["openslide.mpp-x"]), float(slide.properties["openslide.mpp-y"])
+    except (KeyError, ValueError):
+        pass
+    description = slide.properties.get("openslide.comment", "") or slide.properties.get("tiff.ImageDescription", "")
+    sizes = [ome_size(description, axis) for axis in "XY"] if "<OME" in description else []
+    return (sizes[0], sizes[1]) if sizes else (0.0, 0.0)
+
+
+def ome_size(description: str, axis: str) -> float:
+    """µm/px along an axis by OME-XML (its unit is µm unless it says another); 0 where it does not say."""
+    pixels = re.search(r"<(?:\w+:)?Pixels\b[^>]*", description)
+    size = re.search(rf'\bPhysicalSize{axis}="([0-9.eE+-]+)"', pixels[0]) if pixels else None
+    unit = re.search(rf'\bPhysicalSize{axis}Unit="([^"]*)"', pixels[0]) if pixels else None
+    try:
+        return float(size[1]) * UNITS.get(unit[1] if unit else "µm", 0.0) if size else 0.0
+    except ValueError:
+        return 0.0
+
+
+def flat_image(image: Image.Image) -> ImageSlide:
+    """A slide of one level, all of it in memory (3 bytes a pixel), with the µm/px that its tags state."""
+    from openslide import ImageSlide
+    from PIL import Image
+
+    tags = dict(getattr(image, "tag_v2", {}))
+    unit = {2: 25400.0, 3: 10000.0}.get(tags.get(296, 2))  # µm in an inch, in a centimetre
+    known = {"openslide.comment": str(tags.get(270, ""))}
+    for axis, tag in (("x", 282), ("y", 283)):
+        if unit and 0 < float(tags.get(tag, 0) or 0) < math.inf:
+            known[f"openslide.mpp-{axis}"] = repr(unit / float(tags[tag]))
+
+    class FlatImage(ImageSlide):
+        properties = known  # openslide's own are empty
+
+    return FlatImage(Image.fromarray(from_pillow(image, "it")))  # the pixels that a stack of it would have
+
+
 def choose_level(slide: OpenSlide | ImageSlide, mpp: float, fallback: float | None) -> Level:
     """The coarsest level that has the detail of `mpp` um/px. fallback: um/px of level 0 if the slide states none."""
-    try:
-        x, y = (float(slide.properties[f"openslide.mpp-{axis}"]) for axis in "xy")
-        stated = f"{x:g} µm/px"
-    except (KeyError, ValueError):
-        x, y, stated = 0.0, 0.0, "no µm/px"
-    if not all(PLAUSIBLE[0] <= value <= PLAUSIBLE[1] for value in (x, y)):
+    x, y = stated_mpp(slide)
+    if not (is_plausible(x) and is_plausible(y)):
         if fallback is None:
+            stated = f"{x:g} µm/px" if x else "no µm/px"
             raise UserError(f"it states {stated}; expected {PLAUSIBLE[0]} to {PLAUSIBLE[1]}; give --slide-mpp")
         x, y = fallback, fallback
+    elif fallback is not None and max(abs(fallback / value - 1) for value in (x, y)) > SAME:
+        raise UserError(
+            f"it states {x:g} µm/px, not {fallback:g}; expected the same; leave --slide-mpp out, or correct it"
+        )
     fine = [n for n, factor in enumerate(slide.level_downsamples) if max(x, y) * factor <= mpp * (1 + NEAR)]
     number = max(fine, default=0)
     factor = slide.level_downsamples[number]
     scale = mpp / (x * factor), mpp / (y * factor)
-    near = all(abs(1 / share - 1) <= NEAR for share in scale)
+    near = all(is_near(value * factor, mpp) for value in (x, y))
     return Level(number, factor, (1.0, 1.0) if near else scale, (x, y))
+
+
+def check_inside(size: tuple[int, int], x: float, y: float) -> None:
+    """UserError where (x, y) lies outside a slide of that width and height."""
+    width, height = size
+    if not (0 <= x < width and 0 <= y < height):
+        raise UserError(f"it lies outside the slide's {width:,} x {height:,} pixels; expected level-0 pixels")
 
 
 def read_crop(slide: OpenSlide | ImageSlide, level: Level, x: float, y: float, side: int) -> Image.Image:
     """RGB crop of side x side pixels around (x, y). UserError where that lies outside the slide."""
     from PIL import Image
 
-    width, height = slide.dimensions
-    if not (0 <= x < width and 0 <= y < height):
-        raise UserError(f"it lies outside the slide's {width:,} x {height:,} pixels; expected level-0 pixels")
+    check_inside(slide.dimensions, x, y)
     as_is = level.scale == (1, 1)
     size = [side * share for share in level.scale]  # from here on in pixels of the level
     start = [centre / level.downsample - extent / 2 for centre, extent in zip((x, y), size, strict=True)]

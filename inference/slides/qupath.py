@@ -8,13 +8,14 @@ with `classification` (name, color), `measurements` (numbers by name; a list of 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ..answers import Answer, fold_columns, member_columns
 from ..checksums import ensemble_id
 from ..manifest import Manifest
-from .found import Feature, class_of
+from .detections.objects import Feature, class_name
 
 CLASSES = ("Normal mitosis", [0, 158, 115]), ("Atypical mitosis", [213, 94, 0])  # the report's green and vermilion
 BEFORE = "Detected as"  # the metadata with the class that an object had
@@ -34,7 +35,7 @@ def with_answer(feature: Feature, answer: Answer, manifest: Manifest) -> Feature
     given = feature.get("properties")
     properties: Feature = dict(given) if isinstance(given, dict) else {}
     name, color = CLASSES[answer.p_atypical >= manifest.threshold]
-    before, metadata = class_of(feature), properties.get("metadata")
+    before, metadata = class_name(feature), properties.get("metadata")
     metadata = dict(metadata) if isinstance(metadata, dict) else {}
     if before and before not in (CLASSES[0][0], CLASSES[1][0]):
         metadata[BEFORE] = before
@@ -43,7 +44,9 @@ def with_answer(feature: Feature, answer: Answer, manifest: Manifest) -> Feature
     properties["classification"] = {"name": name, "color": color}
     new, old = measurements(answer, manifest), properties.get("measurements")
     if isinstance(old, list):
-        others = [one for one in old if not (isinstance(one, dict) and one.get("name") in new)]
+        others = [
+            measurement for measurement in old if not (isinstance(measurement, dict) and measurement.get("name") in new)
+        ]
         properties["measurements"] = [*others, *({"name": key, "value": value} for key, value in new.items())]
     else:
         properties["measurements"] = (old if isinstance(old, dict) else {}) | new
@@ -52,11 +55,30 @@ def with_answer(feature: Feature, answer: Answer, manifest: Manifest) -> Feature
 
 def collection(features: Iterable[Feature], manifest: Manifest) -> Iterator[str]:
     """The text of a FeatureCollection, piece by piece."""
-    about = {"ensemble": manifest.name, "id": ensemble_id(manifest), "threshold": manifest.threshold}
-    yield f'{MARK}{json.dumps(about)}, "features": ['
+    ensemble = {"ensemble": manifest.name, "id": ensemble_id(manifest), "threshold": manifest.threshold}
+    yield f'{MARK}{json.dumps(ensemble)}, "features": ['
     for n, feature in enumerate(features):
-        yield (",\n" if n else "\n") + json.dumps(feature, ensure_ascii=False)
+        yield (",\n" if n else "\n") + strict_json(feature)
     yield "\n]}\n"
+
+
+def strict_json(feature: Feature) -> str:
+    """JSON. QuPath writes numbers that are not finite as texts since 0.5 (its PR 1296): JSON has no NaN."""
+    try:
+        return json.dumps(feature, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(finite(feature), ensure_ascii=False, allow_nan=False)
+
+
+def finite(value: Any) -> Any:
+    """The value with texts in place of numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
 
 
 def moved(geometry: Feature, move: Callable[[float, float], tuple[float, float]]) -> Feature:

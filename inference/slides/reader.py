@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import UserError
-from .pyramid import choose_level, open_slide, read_crop
+from .pyramid import choose_level, file_of, open_slide, read_crop
 
 if TYPE_CHECKING:
+    from openslide import ImageSlide, OpenSlide
     from PIL import Image
 
+THREADS = min(8, os.cpu_count() or 1)  # that read one slide
 ENDS = 1 << 16  # bytes at a file's start and end that help to identify it
-AHEAD = 512  # crops read ahead: 25 MB at 128 x 128
+AHEAD = 512 * 128 * 128  # pixels of the crops read ahead: 25 MB
+POWER = "objective-power"
 T = TypeVar("T")
 
 
@@ -38,27 +42,61 @@ def identity(file: Path) -> str:
     return f"{status.st_size}-{status.st_mtime_ns}-{ends}"
 
 
+@dataclass(frozen=True)
+class Cutting:
+    """How crops are cut. origin: where the files' coordinates begin: "slide", "scan", or None if not given."""
+
+    side: int
+    mpp: float
+    slide_mpp: float | None
+    origin: str | None
+
+
+def stated_number(properties: Mapping[str, str], name: str) -> float:
+    """One of OpenSlide's own properties; 0 where the slide does not state it."""
+    try:
+        return float(properties.get(f"openslide.{name}", 0))
+    except ValueError:
+        return 0.0
+
+
 class Slide:
-    """UserError where the file is not a slide, or states no um/px and `fallback` is None."""
+    """A slide's size and resolution, and its crops. The file is open only from the first crop to `release`.
 
-    def __init__(self, file: Path, mpp: float, fallback: float | None) -> None:
-        self.file, self.identity = file, identity(file)
-        self.slide = open_slide(file)  # never closed by hand: closing it under a thread crashes the process
-        self.level = choose_level(self.slide, mpp, fallback)
-        self.size: tuple[int, int] = self.slide.dimensions  # level-0 pixels, width and height
+    opens: the file that is opened, of a DICOM slide's folder one of its files; level: where crops of the wanted µm/px
+    are read; size: width and height in level-0 pixels; scanned_from: x and y in level-0 pixels where the scanned area
+    begins, (0, 0) if the slide states none; power: its magnification, 0 if none
+    """
 
-    def scanned_from(self) -> tuple[float, float]:
-        """Where the scanned area begins, in level-0 pixels: (0, 0) if the slide states none."""
-        try:
-            x, y = (float(self.slide.properties.get(f"openslide.bounds-{axis}", 0)) for axis in "xy")
-        except ValueError:
-            return 0.0, 0.0
-        return x, y
+    def __init__(self, file: Path, mpp: float, given: float | None) -> None:
+        """mpp: of crops; given: µm/px of level 0 of a slide that states none.
+
+        UserError where the file is not a slide, or its µm/px is unknown.
+        """
+        self.file, self.opens = file, file_of(file)
+        self.identity = identity(self.opens)
+        opened = open_slide(self.opens)
+        self.level = choose_level(opened, mpp, given)
+        self.size: tuple[int, int] = opened.dimensions
+        x, y, self.power = (stated_number(opened.properties, name) for name in ("bounds-x", "bounds-y", POWER))
+        self.scanned_from = x, y
+        self.opened: OpenSlide | ImageSlide | None = None
+
+    def open(self) -> OpenSlide | ImageSlide:
+        """The slide, opened unless it is. Callers compare `changed` when they have read what they need."""
+        opened = self.opened
+        if opened is None:
+            opened = self.opened = open_slide(self.opens)
+        return opened
+
+    def release(self) -> None:
+        """Close the file, which takes up to 100 MB, when no thread reads any more: closed under one, it would crash."""
+        self.opened = None
 
     def changed(self, known_as: str) -> bool:
         """Whether the opened file, or the file as it is now, has another `identity`."""
         try:
-            return not identity(self.file) == self.identity == known_as
+            return not identity(self.opens) == self.identity == known_as
         except UserError:
             return True
 
@@ -74,10 +112,13 @@ class Slide:
         In the order of `places` (level-0 pixels). An exception of `use` other than UserError passes through.
         """
         waiting: deque[Future[T | UserError]] = deque()
+        ahead = max(2 * THREADS, AHEAD // side**2)
+        if places:
+            self.open()  # once, not in each thread
         try:
             for n, place in enumerate(places):
                 waiting.append(pool.submit(self._one, n, place, side, use))
-                if len(waiting) >= AHEAD:
+                if len(waiting) >= ahead:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -92,12 +133,14 @@ class Slide:
 
         try:
             try:
-                crop = read_crop(self.slide, self.level, *place, side)
+                crop = read_crop(self.open(), self.level, *place, side)
             except OpenSlideError:
                 # after one damaged tile an open slide fails for all later crops, wherever they lie: open it again
-                fresh = open_slide(self.file)
+                fresh = open_slide(self.opens)
                 crop = read_crop(fresh, self.level, *place, side)
-                self.slide = fresh
+                self.opened = fresh
+            if crop.getbbox() is None:
+                raise UserError("nothing was scanned there; expected tissue")
             return use(n, crop)
         except UserError as error:
             return error

@@ -41,35 +41,53 @@ def window(mpp: tuple[float, float]) -> tuple[float, float]:
     return height * RATIO / mpp[0], height / mpp[1]
 
 
-def hot_spot(x: np.ndarray, y: np.ndarray, mpp: tuple[float, float]) -> HotSpot | None:
-    """The window of 2 mm2 with the most of the figures at x, y (N,), in level-0 pixels; None without figures.
+def window_fits(size: tuple[int, int], mpp: tuple[float, float]) -> bool:
+    """Whether a slide of that width and height, in level-0 pixels, has room for the window."""
+    return all(side <= extent for side, extent in zip(window(mpp), size, strict=True))
 
-    Exact: some best window has a figure on its left border and one on its top. For each left border the figures
-    within the width are swept from top to bottom. Ties: the leftmost, then the topmost.
+
+def hot_spot(x: np.ndarray, y: np.ndarray, size: tuple[int, int], mpp: tuple[float, float]) -> HotSpot | None:
+    """The window with the most of the figures at x, y (N,); None without figures, or on a slide smaller than it.
+
+    size, x, y: level-0 pixels. Exact: some best window has a figure on its left border and one on its top. So the left
+    border moves from figure to figure, while `counts` holds, for each figure's y as the top, how many figures the
+    window has: each figure that enters or leaves changes one slice of it. Ties: the leftmost, then the topmost.
     """
-    if not len(x):
+    if not len(x) or not window_fits(size, mpp):
         return None
     width, height = window(mpp)
     order = np.argsort(x, kind="stable")
-    xs, ys = x[order], y[order]
-    best = (0, 0.0, 0.0)
+    xs, ys, tops = x[order], y[order], np.unique(y)
+    lows, highs = np.searchsorted(tops + height, ys, "left"), np.searchsorted(tops, ys, "right")
+    counts = np.zeros(len(tops), np.int32)
+    best, left, upper, entered = 0, 0.0, 0.0, 0
     for first, last in enumerate(np.searchsorted(xs, xs + width, "right")):
-        if last - first <= best[0]:
-            continue  # even all of them would not beat the best
-        some = np.sort(ys[first:last])
-        counts = np.searchsorted(some, some + height, "right") - np.arange(len(some))
-        top = int(counts.argmax())
-        if counts[top] > best[0]:
-            best = int(counts[top]), float(xs[first]), float(some[top])
-    count, left, upper = best
+        if last > entered:
+            for n in range(entered, last):
+                counts[lows[n] : highs[n]] += 1
+            if last - first > best:  # or else even all of them would not beat the best
+                start, stop = lows[entered:last].min(), highs[entered:last].max()
+                top = start + int(counts[start:stop].argmax())
+                if counts[top] > best:
+                    best, left, upper = int(counts[top]), float(xs[first]), float(tops[top])
+            entered = last
+        counts[lows[first] : highs[first]] -= 1
     chosen = (xs >= left) & (xs <= left + width) & (ys >= upper) & (ys <= upper + height)
-    middle = [float(axis[chosen].min() + axis[chosen].max()) / 2 for axis in (xs, ys)]  # centred on its figures
-    return HotSpot(middle[0], middle[1], count)
+    middles = [float(axis[chosen].min() + axis[chosen].max()) / 2 for axis in (xs, ys)]  # centred on its figures
+    # moved onto the slide: whatever it leaves behind holds no figures
+    x_middle, y_middle = (
+        min(max(middle, side / 2), extent - side / 2)
+        for middle, side, extent in zip(middles, (width, height), size, strict=True)
+    )
+    return HotSpot(x_middle, y_middle, best)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One slide's row. area: mm2 of the outlined region, or None; inside: figures and atypical ones in it."""
+    """One slide's row. area: mm2 of the outlined region, or None; inside: figures and atypical ones in it.
+
+    too_small: the slide has no room for a hot spot; where there is a region, hot spots count the figures in it alone
+    """
 
     slide: str
     figures: int
@@ -77,6 +95,7 @@ class Summary:
     failed: int
     area: float | None
     inside: tuple[int, int] | None
+    too_small: bool
     hottest: HotSpot | None
     hottest_atypical: HotSpot | None
 
@@ -101,7 +120,7 @@ class Summary:
             "atypical_per_mm2": self.density(1),
         }
         for name, spot in spots.items():
-            row[f"{name}_figures"] = spot.count if spot else 0
+            row[f"{name}_figures"] = spot.count if spot else "" if self.too_small else 0
             row[f"{name}_x"], row[f"{name}_y"] = (round(spot.x), round(spot.y)) if spot else ("", "")
         return row
 
@@ -109,4 +128,4 @@ class Summary:
         return round(self.inside[which] / self.area, 6) if self.area and self.inside else ""
 
 
-COLUMNS = tuple(Summary("", 0, 0, 0, None, None, None, None).row())
+COLUMNS = tuple(Summary("", 0, 0, 0, None, None, False, None, None).row())

@@ -14,9 +14,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from .found import Found, attempt, made
+from ...errors import UserError
 from .geometry import box, number
+from .objects import SlideObject, attempt, made
 
 SPOTS, RECTANGLES, POLYGON = (1, 4), (2, 5), 3  # rectangles and circles are stored by two corners
 NEEDED = {"Slides", "Annotations", "Annotations_coordinates", "Classes"}
@@ -45,26 +45,28 @@ def fits(document: Any) -> bool:
     return {name for (name,) in document.query("SELECT name FROM sqlite_master WHERE type = 'table'")} >= NEEDED
 
 
-def read(document: Database) -> Iterator[Found]:
+def read(document: Database) -> Iterator[SlideObject]:
     """The annotations that are not deleted, in their order."""
     columns = {row[1] for row in document.query("PRAGMA table_info(Annotations)")}
+    folder = "s.directory" if "directory" in {row[1] for row in document.query("PRAGMA table_info(Slides)")} else "NULL"
     identity = "a.guid" if "guid" in columns else "NULL"
     kept = "WHERE COALESCE(a.deleted, 0) = 0" if "deleted" in columns else ""
     rows = document.query(
-        f"SELECT a.uid, {identity}, a.type, k.name, s.filename, c.coordinateX, c.coordinateY FROM Annotations a "
-        "LEFT JOIN Annotations_coordinates c ON c.annoId = a.uid LEFT JOIN Classes k ON k.uid = a.agreedClass "
+        f"SELECT a.uid, {identity}, a.type, k.name, s.filename, {folder}, c.coordinateX, c.coordinateY "
+        "FROM Annotations a LEFT JOIN Annotations_coordinates c ON c.annoId = a.uid "
+        "LEFT JOIN Classes k ON k.uid = a.agreedClass "
         f"LEFT JOIN Slides s ON s.uid = a.slide {kept} ORDER BY a.uid, c.orderIdx"
     )
     for uid, lines in groupby(rows, key=lambda row: row[0]):
-        where, some = f"annotation {uid}", list(lines)
-        yield attempt(where, partial(annotation, where, some))
+        where = f"annotation {uid}"
+        yield attempt(where, partial(annotation, where, list(lines)))
 
 
-def annotation(where: str, rows: list[tuple[Any, ...]]) -> Found:
-    uid, guid, kind, name, slide, *_ = rows[0]
+def annotation(where: str, rows: list[tuple[Any, ...]]) -> SlideObject:
+    uid, guid, kind, name, slide, folder, *_ = rows[0]
     if not slide:
         raise UserError("its slide is not in the database; expected one of Slides")
-    corners = [[number("x", row[5]), number("y", row[6])] for row in rows]
+    corners = [[number("x", row[6]), number("y", row[7])] for row in rows]
     if kind in SPOTS and len(corners) == 1:
         geometry: dict[str, Any] = {"type": "Point", "coordinates": corners[0]}
     elif kind in RECTANGLES and len(corners) == 2:
@@ -74,4 +76,4 @@ def annotation(where: str, rows: list[tuple[Any, ...]]) -> Found:
         geometry = {"type": "Polygon", "coordinates": [[*corners, corners[0]]]}
     else:
         raise UserError(f"it is of type {kind} with {len(corners)} points; expected a spot, box, circle or polygon")
-    return Found(where, made(geometry, guid or uid, name or ""), str(slide))
+    return SlideObject(where, made(geometry, guid or uid, name or ""), f"{folder}/{slide}" if folder else str(slide))
