@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,8 @@ from test.support import ray_cluster
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from test.support.browser import Browser
 
 
 ray_cluster.authenticate()  # before any test module imports Ray
@@ -43,6 +47,39 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Scheduler(config, log)
 
 
+@pytest.fixture(scope="module")
+def window() -> Iterator[Browser]:
+    """A browser with a profile of its own; without one the tests are skipped, or fail under REQUIRE_BROWSER."""
+    from test.support.browser import browser, find
+
+    if not find():
+        message = "no Chromium with chromedriver (apt-get install chromium chromium-driver)"
+        pytest.fail(message) if os.environ.get("REQUIRE_BROWSER") else pytest.skip(message)
+    with browser() as opened:
+        yield opened
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What commands say every half minute is not said, however busy the machine is: tests compare what they print."""
+    monkeypatch.setattr("inference.progress.EVERY", 3600.0)
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What commands say every half minute, they say at once and once, so that no test waits for it."""
+    from inference import progress
+
+    class Eager:
+        def __init__(self, speak: Callable[[], None]) -> None:
+            speak()
+
+        def stop(self) -> None:
+            pass
+
+    monkeypatch.setattr(progress, "Beat", Eager)
+
+
 @pytest.fixture(scope="session")
 def miniature(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small ensemble of real architecture with random weights, in two folds. Not to be changed."""
@@ -69,7 +106,7 @@ def drawn() -> np.ndarray:
     """1000 x 1300 pixels of noisy glass with a drawn figure at each of FIGURES' centres. Not to be changed."""
     import numpy as np
 
-    from test.support.figures import draw
+    from inference.example.figures import draw
     from test.support.pyramids import FIGURES
 
     rng = np.random.default_rng(0)

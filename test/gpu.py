@@ -13,14 +13,17 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
+try:
+    import numpy as np
+    import torch
 
-from inference.backbones import BACKBONES
-from inference.ensemble import Ensemble
-from inference.imageio.stack import read_stack
-from test.harness.layout import write_input
-from test.support.miniature import make_ensemble
+    from inference.backbones import BACKBONES
+    from inference.ensemble import Ensemble
+    from inference.imageio.stack import read_stack
+    from test.harness.layout import write_input
+    from test.support.miniature import make_ensemble
+except ModuleNotFoundError as error:
+    sys.exit(f"no module {error.name} in this Python; expected the project's own; run ./test/run_gpu.sh")
 
 ROOT = Path(__file__).resolve().parents[1]
 STACK = ROOT / "test" / "sample" / "stack_0.tiff"

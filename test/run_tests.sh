@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Sets up .venv with everything and runs all checks and tests; further arguments go to pytest (e.g. -k stack, -m "not docker").
-# Where a Docker engine answers, the image is built first and tested too; else those tests are skipped, unless REQUIRE_DOCKER=1.
-# On a bare Debian machine test/engine.sh start brings an engine up.
+# Sets up .venv with everything and runs all checks and tests; further arguments go to pytest (e.g. -k stack).
+# Where a Docker engine answers, the image is built first and tested too; else those tests are skipped, or with
+# REQUIRE_DOCKER=1 fail.
+# On a bare Debian machine release/engine.sh start brings an engine up.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ./build.sh --engine native --requirements requirements/dev.txt
@@ -13,12 +14,12 @@ if python -c 'import sys; from test.harness.engines import docker; sys.exit(dock
     ./build.sh --engine docker >test/output/build.log 2>&1 || { tail -n 30 test/output/build.log >&2; exit 1; }
     sed -n '/^layers of/,$p' test/output/build.log
 elif [ -n "${REQUIRE_DOCKER:-}" ]; then
-    echo "run_tests.sh: REQUIRE_DOCKER is set, and no Docker engine answers; see test/engine.sh" >&2
+    echo "run_tests.sh: REQUIRE_DOCKER is set, and no Docker engine answers; see release/engine.sh" >&2
     exit 1
 fi
 
 folders=()
-for folder in inference training test benchmarks; do
+for folder in inference training release test benchmarks; do
     if compgen -G "$folder/*.py" >/dev/null; then folders+=("$folder"); fi
 done
 status=0

@@ -26,6 +26,12 @@ NAMES = (
     "manifest",
     "adapter-config",
     "adapter-tensors",
+    "foreign-config",
+    "foreign-tensors",
+    "foreign-head",
+    "foreign-pickle",
+    "foreign-processor",
+    "foreign-yaml",
     "tables",
     "detections",
     "objects",
@@ -41,7 +47,7 @@ def fuzz_here(name: str, flags: list[str]) -> None:
     """Fuzz one target in this process; does not return."""
     import atheris
 
-    with atheris.instrument_imports(include=["inference", "PIL"], enable_loader_override=False):
+    with atheris.instrument_imports(include=["inference", "training.adapters", "PIL"], enable_loader_override=False):
         from test.fuzz.targets import TARGETS
     target = TARGETS[name]
     corpus = Path(flags[0])

@@ -14,15 +14,18 @@ import tempfile
 import time
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin  # noqa: F401
 from safetensors.numpy import save_file
 
+import inference.job  # noqa: F401
 from inference.adapters import read_adapter
 from inference.errors import UserError
 from inference.imageio import metaimage, pixels, tiff  # noqa: F401
 from inference.imageio import stack as stacks  # noqa: F401
+from inference.manifest import upgraded
 from test.support.image_files import stack, with_pillow
 from test.support.stub import check_ended, make_input, run_job, stub_manifest
 
@@ -50,6 +53,15 @@ def job(content: bytes, name: str) -> None:
 def inputs(content: bytes) -> None:
     """A job whose inputs.json holds these bytes."""
     end(make_input(workplace() / "listing", small_stack(), listing=content))
+
+
+def manifest_with_head(folder: Path) -> dict[str, Any]:
+    """A right manifest in format 2 whose member has a head of several layers."""
+    content = upgraded(stub_manifest(folder))
+    layers: list[dict[str, Any]] = [{"kind": "layer_norm", "features": 8, "eps": 1e-5}]
+    layers += [{"kind": "linear", "inputs": 8, "outputs": 4}, {"kind": "gelu"}]
+    content["members"][0]["head"] = [*layers, {"kind": "linear", "inputs": 4, "outputs": 1}]
+    return content
 
 
 def manifest(content: bytes) -> None:

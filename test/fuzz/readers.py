@@ -11,9 +11,8 @@ import io
 import json
 import socket
 import tarfile
-import threading
-import types
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -23,12 +22,12 @@ from inference.cluster.shards import UNREADABLE, Shard
 from inference.errors import UserError
 from inference.imageio.listing import list_crops
 from inference.manifest import load_manifest
-from inference.serve import Handler
-from inference.slides.command import SETTINGS, claimed, keep_settings
-from inference.slides.detections import read_detections
-from inference.slides.geometry import outline
+from inference.server import Handler, ScoreEndpoint, Server
+from inference.slides.crops import SETTINGS, claimed, keep_settings
+from inference.slides.detections.geometry import outline
+from inference.slides.detections.table import read_detections
+from inference.slides.detections.targets import Selection, collect
 from inference.slides.qupath import collection, with_answer
-from inference.slides.targets import collect
 from test.fuzz.jobs import small_stack, workplace
 from test.support.detection_files import MAKERS
 from test.support.image_files import good_files
@@ -78,7 +77,7 @@ def objects(content: bytes) -> None:
     about = load_manifest(workplace() / "ensemble")
 
     def read() -> None:
-        found = collect([file], Path("slide.svs"), None, (), None, lambda name, reason, scored=True: None)
+        found = collect([file], Selection(Path("slide.svs")), lambda names, reason, scored=True: None)
         targets = [target for some in found.slides.values() for target in some]
         assert all(abs(target.x) < 1e9 and abs(target.y) < 1e9 for target in targets)
         answered = [with_answer(target.feature, Answer("a", 0, 0.5, (0.5,)), about) for target in targets]
@@ -109,7 +108,7 @@ def crop_settings(content: bytes) -> None:
 
 def crops_like() -> dict[str, object]:
     """The settings of a run, as in crops.json."""
-    return {"side": 128, "mpp": 0.25, "slide_mpp": 0.5, "slides": "/slides"}
+    return {"side": 128, "mpp": 0.25, "slide_mpp": 0.5, "origin": "scan", "slides": "/slides"}
 
 
 def shard(content: bytes) -> None:
@@ -146,12 +145,19 @@ def small_tar() -> bytes:
 
 def request(content: bytes) -> None:
     """The bytes of an HTTP request to the server, whose tasks do nothing: an answer or none, and no traceback."""
-    server = types.SimpleNamespace(turn=threading.Lock(), stopping=True, scorer=None, invoke=None)
     ours, theirs = socket.socketpair()
     with ours, theirs, captured(2, "stderr") as err:
         theirs.sendall(content[:LARGEST])
         theirs.shutdown(socket.SHUT_WR)
         with contextlib.suppress(OSError):
-            Handler(ours, ("127.0.0.1", 1), server)  # type: ignore[arg-type]
+            Handler(ours, ("127.0.0.1", 1), stopping_server())
         ours.shutdown(socket.SHUT_WR)
     assert err.getvalue() == "", err.getvalue()
+
+
+@cache
+def stopping_server() -> Server:
+    """A server on a free port of loopback that reads requests whole and then says that it is stopping."""
+    server = Server(("127.0.0.1", 0), ThreadPoolExecutor(1), dict, ScoreEndpoint({}, lambda request: {}))
+    server.stopping = True
+    return server

@@ -8,7 +8,8 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from test.fuzz.jobs import adapter, adapter_file, inputs, job, manifest, workplace
+from test.fuzz import foreign
+from test.fuzz.jobs import adapter, adapter_file, inputs, job, manifest, manifest_with_head, workplace
 from test.fuzz.readers import (
     crop_settings,
     crop_table,
@@ -126,8 +127,11 @@ TARGETS = {
     "inputs": Target(inputs, lambda: {"right": json.dumps(LISTING).encode()}, (*JSON, "socket", "interface", "slug")),
     "manifest": Target(
         manifest,
-        lambda: {"right": json.dumps(stub_manifest(workplace() / "ensemble")).encode()},
-        (*JSON, "..", "/etc/passwd", "base.safetensors", "fold0"),
+        lambda: {
+            "right": json.dumps(stub_manifest(workplace() / "ensemble")).encode(),
+            "head": json.dumps(manifest_with_head(workplace() / "ensemble")).encode(),
+        },
+        (*JSON, "..", "/etc/passwd", "base.safetensors", "fold0", "head", "kind", "layer_norm", "outputs", "eps"),
     ),
     "adapter-config": Target(
         lambda b: adapter_file(b, "adapter_config.json"),
@@ -150,6 +154,32 @@ TARGETS = {
             "__metadata__",
             "lora_A.weight",
         ),
+    ),
+    "foreign-config": Target(
+        lambda b: foreign.source(b, "adapter_config.json"),
+        lambda: {"right": json.dumps(foreign.CONFIG).encode()},
+        (*JSON, "exclude_modules", "layers_to_transform", "layers_pattern", "use_dora", "use_rslora", "(.*)+", "|"),
+    ),
+    "foreign-tensors": Target(
+        lambda b: foreign.source(b, "adapter_model.safetensors"),
+        lambda: {"right": foreign.save(foreign.tensors())},
+        (*JSON, "dtype", "shape", "data_offsets", "lora_A", "lora_magnitude_vector", ".default", "modules_to_save"),
+    ),
+    "foreign-head": Target(
+        lambda b: foreign.source(b, "adapter_model.safetensors", foreign.Said(("gelu",), 1e-5)),
+        lambda: {"right": foreign.save(foreign.mlp())},
+        (*JSON, "dtype", "shape", "data_offsets", "classifier.", ".weight", "running_mean", "running_var", "fc_norm"),
+    ),
+    "foreign-pickle": Target(lambda b: foreign.source(b, "last.pth"), lambda: {"right": foreign.pickled()}),
+    "foreign-processor": Target(
+        lambda b: foreign.said(b, "preprocessor_config.json"),
+        lambda: {"right": json.dumps(foreign.PROCESSOR).encode()},
+        (*JSON, "do_center_crop", "crop_size", "shortest_edge", "rescale_factor", "do_normalize"),
+    ),
+    "foreign-yaml": Target(
+        lambda b: foreign.said(b, "config.yaml"),
+        lambda: {"right": foreign.YAML},
+        ("&d", "*d", "<<", ": ", "- ", "size", "mean", ".nan", ".inf", "!!python/object", "image_std"),
     ),
     "tables": Target(
         crop_table,

@@ -8,13 +8,16 @@ import importlib.util
 import os
 import shutil
 import sys
+import tarfile
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
 from inference.checks import Check, passed
-from test.harness import engines, environments, images, layout, page, readout, report, s3, sagemaker, served
+from inference.manifest import MODEL_TARBALL
+from test.harness import engines, environments, images, layout, network, page, readout, report, s3, sagemaker, served
 
 ROOT = engines.ROOT
 SAMPLE = ROOT / "test/sample"
@@ -28,6 +31,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--input", type=Path, default=SAMPLE / "stack_0.tiff", metavar="STACK_OR_FOLDER", help="default: the sample")
     add("--output", type=Path, default=ROOT / "test/output", metavar="DIR", help="default: test/output")
     add("--weights", type=Path, help="ensemble folder, or model tarball, in place of the bundled ensemble")
+    add("--as", choices=("mha",), dest="form", help="also as SimpleITK writes it; the answers must be the same")
     add("--truth", type=Path, metavar="ground_truth.json", help="score the answers; writes metrics.json")
     add("--engine", choices=("docker", "native"), help="default: docker where an engine answers")
     add("--image", help="any image, which is run as it is; default: our own, tagged $IMAGE or midog-lora")
@@ -44,18 +48,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def start_again(arguments: list[str] | None) -> None:
+def start_again(arguments: list[str] | None, needs: tuple[str, ...]) -> None:
     """Resume in a Python that can write the report, once the algorithm is built: .venv, else one made for the report.
 
     RuntimeError where none can be made. Called from another program (arguments given) it does nothing.
     """
-    if arguments is not None or all(map(importlib.util.find_spec, page.NEEDS)):
+    if arguments is not None or all(map(importlib.util.find_spec, needs)):
         return
     python = ROOT / ".venv/bin/python"
     if not python.exists():
         python = environments.make(ROOT / ".cache/report", page.pinned(ROOT / "requirements.txt"), "the report")
     if Path(sys.executable) == python:  # that Python lacks the packages too
-        raise RuntimeError(f"no report: not all of {page.NEEDS} are installed; run ./build.sh --engine native")
+        raise RuntimeError(f"not all of {needs} are installed in {python}; run ./build.sh --engine native")
     os.execv(python, [str(python), "-m", "test.harness", *sys.argv[1:], "--no-build"])
 
 
@@ -68,7 +72,8 @@ def run_stacks(
 ) -> list[report.Result]:
     """Runs stacks, each with its number, in one fresh container (or natively); keeps answers and logs.
 
-    More than one stack is for a server, with options.api "invoke". details: as in `engines.run_docker`.
+    More than one stack is for a server, with options.api "invoke", or for the published shim.
+    details: as in `engines.run_docker`.
     """
     with tempfile.TemporaryDirectory(prefix="harness-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
@@ -91,18 +96,70 @@ def run_stacks(
         results = []
         for place, ((_, stack), run) in enumerate(zip(stacks, runs, strict=True)):
             answers, findings = readout.judge(run, pages[place])
-            keep(folder / str(place), run, options.output / options.names[stack] if options.many else options.output)
+            keep(folder / str(place), run, options.kept[stack])
             results.append(report.Result(stack, pages[place], run, answers, findings))
     return results
 
 
+def containers(numbered: list[tuple[int, Path]], options: argparse.Namespace) -> list[list[tuple[int, Path]]]:
+    """Stacks by the container that they run in: one for each, but one for all with a server or the published shim."""
+    return [numbered] if options.api == "invoke" or options.shim else [[entry] for entry in numbered]
+
+
+@contextlib.contextmanager
+def given_model(weights: Path | None) -> Iterator[list[str]]:
+    """Options of `docker run` that give a container the model of --weights, a folder or a tarball."""
+    with tempfile.TemporaryDirectory(prefix="harness-model-") as name:
+        model = weights
+        if weights is not None and weights.is_file():
+            model = Path(name)
+            with tarfile.open(weights) as archive:
+                archive.extractall(model, filter="data")
+            model.chmod(0o755)  # the image's user is another
+        yield [] if model is None else ["--volume", f"{model.resolve()}:{MODEL_TARBALL}:ro"]
+
+
 def start_exactly(first: tuple[int, Path], options: argparse.Namespace, limits: engines.Limits) -> list[Check]:
-    """The image's own command on the first stack, as the platform starts it: later jobs get --details as well."""
+    """The image's own command on the first stack, as the platform starts it: later jobs get --details as well.
+
+    A server never gets --details; it is called from another container instead.
+    """
     if options.api != "exec":
-        return []  # a server never gets --details
+        with given_model(options.weights) as volume:
+            return [network.check_health(options.image, [*engines.limit_options(limits), *volume])]
     [result] = run_stacks([first], options, limits, None, details=False)
     exactly = Check("PASS", f"the image's own command, with nothing added, answers {first[1].name}")
     return [exactly] if result.passed else result.findings
+
+
+def run_copies(
+    originals: list[report.Result], options: argparse.Namespace, limits: engines.Limits, bucket: s3.Bucket | None
+) -> list[Check]:
+    """Runs the stacks as .mha, one stack in every form and many in turn, and compares their answers with the TIFF's."""
+    from test.harness import converted  # SimpleITK
+
+    with tempfile.TemporaryDirectory(prefix="harness-") as name:
+        copies: dict[Path, report.Result] = {}
+        for index, original in enumerate(originals):
+            forms = converted.FORMS if len(originals) == 1 else [converted.FORMS[index % len(converted.FORMS)]]
+            for form in forms:
+                copy = converted.write_metaimage(original.stack, Path(name), form)
+                copies[copy] = original
+                options.kept[copy] = options.output / copy.name
+        numbered = list(enumerate(copies))
+        findings = []
+        for batch in containers(numbered, options):
+            for result in run_stacks(batch, options, limits, bucket):
+                same = result.answers is not None and result.answers == copies[result.stack].answers
+                findings += result.findings if not result.passed else []
+                name_of = copies[result.stack].stack.name
+                findings.append(
+                    Check("PASS", f"{result.stack.name}: the answers of {name_of}")
+                    if same
+                    else Check("FAIL", f"{result.stack.name}: other answers than {name_of}, or none")
+                )
+                print(findings[-1], flush=True)
+        return findings
 
 
 def keep(folder: Path, run: engines.Run, target: Path) -> None:
@@ -149,13 +206,13 @@ def choose_api(options: argparse.Namespace) -> str:
     return label
 
 
-def print_result(result: report.Result, many: bool) -> None:
-    """A row of the table, or the table of the only stack, and what was found."""
+def print_result(result: report.Result, many: bool, strict: bool) -> None:
+    """A row of the table, or the table of the only stack, and what was found; strict: and what others see of it."""
     if many:
         report.print_row(result)
     elif result.answers:
         report.print_pages(result)
-    for finding in result.findings:
+    for finding in [*result.findings, *(report.judge_shown(result) if strict else [])]:
         if finding.level != "PASS" or not many:
             print(finding, flush=True)
 
@@ -174,13 +231,17 @@ def main(arguments: list[str] | None = None) -> int:
             raise RuntimeError("--shim runs the platform's own shim in a container; it needs docker and no --strict")
         stacks = layout.find_stacks(options.input)
         stems = Counter(stack.stem for stack in stacks)  # stack_0.tif and stack_0.tiff keep their suffixes
-        options.names = {stack: stack.stem if stems[stack.stem] == 1 else stack.name for stack in stacks}
+        names = {stack: stack.stem if stems[stack.stem] == 1 else stack.name for stack in stacks}
+        options.many = options.input.is_dir()
+        options.kept = {
+            stack: options.output / name if options.many else options.output for stack, name in names.items()
+        }
         for path in (options.weights, options.truth):
             if path is not None and not path.exists():
                 raise FileNotFoundError(f"{path} does not exist")
         if not (options.no_build or options.image):
             images.build(options.engine, OUR_IMAGE, options.api)
-        start_again(arguments)
+        start_again(arguments, (*page.NEEDS, "SimpleITK") if options.form else page.NEEDS)
         options.image = options.image or OUR_IMAGE
         options.api = choose_api(options)
         if options.shim:
@@ -189,12 +250,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     options.weights = options.weights and options.weights.resolve()
-    options.many = options.input.is_dir()
     where = f"container of {options.image}" if options.engine == "docker" else "native, no container"
     how = "one server for all" if options.api == "invoke" else "one fresh job each"
+    how = "one job each, in one container" if options.shim and options.api == "exec" else how
     print(f"{len(stacks)} stack(s), {how} ({where}{', the published shim' if options.shim else ''})", flush=True)
     numbered = list(enumerate(stacks))
-    batches = [numbered] if options.api == "invoke" else [[entry] for entry in numbered]
     results: list[report.Result] = []
     before: list[Check] = []
     try:
@@ -205,14 +265,16 @@ def main(arguments: list[str] | None = None) -> int:
         with s3.s3_server() if options.shim else contextlib.nullcontext() as bucket:
             if options.many:
                 report.print_header()
-            for batch in batches:
+            for batch in containers(numbered, options):
                 for result in run_stacks(batch, options, limits, bucket):
                     results.append(result)
-                    print_result(result, options.many)
+                    print_result(result, options.many, options.strict)
+            same = run_copies(results, options, limits, bucket) if options.form else []
     except (RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    good = all(result.passed for result in results) and passed(before)
+    print("".join(f"{finding}\n" for finding in report.judge_others(results)), end="", flush=True)
+    good = all(result.passed for result in results) and passed([*before, *same])
     if options.truth:
         findings = score(results, options.truth, options.output)
         print(*findings, sep="\n", end="\n" if findings else "")

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from inference.checks import docker
+from inference.phase import VARIABLE
 from test.harness import gpus
 
 ROOT = Path(__file__).resolve().parents[2]
-SHIM = Path(__file__).with_name("shim.py")
+SHIM = "shim.py"
+PROGRAMS = (*(ROOT / "test/harness" / name for name in (SHIM, "shim_invoke.py")), ROOT / "release/unpack.py")
 PLATFORM_ENV = {"LOG_LEVEL": "INFO", "PYTHONUNBUFFERED": "1", "no_proxy": "amazonaws.com"}
 OURS = ["-m", "inference"]  # a command that ends with these words understands --details
 
@@ -43,7 +45,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Run:
-    """How a job ended. `code` is None when its program did not start; `error` is the platform's own message then."""
+    """How a job ended. `code` is None when its program did not start; `error` is the platform's own message then.
+
+    skipped: never started, because an earlier task in its container failed.
+    reported: the last lines of stderr in the published shim's result, from which the platform takes what it shows.
+    """
 
     code: int | None
     error: str | None
@@ -53,6 +59,8 @@ class Run:
     timed_out: bool = False
     streams_held: bool = False
     oom: bool = False
+    skipped: bool = False
+    reported: list[str] | None = None
     seconds: float = 0.0
     wall_seconds: float = 0.0
     peak_mib: float = 0.0
@@ -104,9 +112,10 @@ def describe_image(image: str, limits: Limits) -> dict[str, Any]:
 
 
 def run_container(
-    image: str, folder: Path, job: dict[str, Any], weights: Path | None, limits: Limits, script: Path = SHIM
+    image: str, folder: Path, job: dict[str, Any], weights: Path | None, limits: Limits, script: str = SHIM
 ) -> tuple[float, int, str]:
     """Runs `script` on `job` as root in a fresh container; returns its seconds, exit code and stderr."""
+    program = place_programs(folder) / script
     job["model_source"] = "/weights" if weights is not None else None
     (folder / "job.json").write_text(json.dumps(job))
     (folder / "tmp").mkdir()
@@ -114,7 +123,7 @@ def run_container(
     name = f"harness-{uuid.uuid4()}"
     options = ["--rm", "--name", name, "--network", "none", "--user", "0", "--entrypoint", "python3"]
     options += ["--env", "PYTHONCOERCECLOCALE=0", *limit_options(limits)]
-    volumes = [f"{folder}:/harness", f"{folder / 'tmp'}:/tmp", *(f"{path}:/{path.name}:ro" for path in {SHIM, script})]
+    volumes = [f"{folder}:/harness", f"{folder / 'tmp'}:/tmp"]
     if weights is not None:
         (folder / "model").mkdir()
         volumes += [f"{weights}:/weights:ro", f"{folder / 'model'}:/opt/ml/model"]
@@ -123,9 +132,17 @@ def run_container(
         options += ["--read-only", "--security-opt", "no-new-privileges", "--pids-limit", "256", "--cap-drop", "ALL"]
         options += [f"--cap-add={name}" for name in ("CHOWN", "DAC_OVERRIDE", "FOWNER", "KILL", "SETGID", "SETUID")]
         options += [f"--tmpfs={path}:rw,exec,mode=0755" for path in ("/input", "/output", "/opt/ml")]
-    return docker_run(
-        [*options, image, f"/{script.name}", "/harness/job.json"], name, limits, len(job.get("tasks", "1"))
-    )
+    command = [image, f"/harness/{program.relative_to(folder)}", "/harness/job.json"]
+    return docker_run([*options, *command], name, limits, len(job.get("tasks", "1")))
+
+
+def place_programs(folder: Path) -> Path:
+    """Copies what stands in for the platform's shim, with what it imports, to a folder beside job.json."""
+    target = folder / "program"
+    target.mkdir()
+    for path in PROGRAMS:
+        shutil.copyfile(path, target / path.name)
+    return target
 
 
 def limit_options(limits: Limits) -> list[str]:
@@ -191,17 +208,18 @@ def native_places(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
 
 
 def run_natively(
-    folder: Path, job: dict[str, Any], weights: Path | None, limits: Limits, script: Path = SHIM, prefix: Any = ()
+    folder: Path, job: dict[str, Any], weights: Path | None, limits: Limits, script: str = SHIM, prefix: Any = ()
 ) -> tuple[float, int, str]:
     """Runs `script` on `job` as a process of the caller; returns its seconds, exit code and stderr."""
     job["model_source"] = str(weights) if weights is not None and weights.is_file() else None
     (folder / "job.json").write_text(json.dumps(job))
-    names = ("PATH", "LD_LIBRARY_PATH", "LANG", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+    names = ("PATH", "LD_LIBRARY_PATH", "LANG", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", VARIABLE)
     keep = {k: v for k, v in os.environ.items() if k in names}
     keep |= gpus.visible(limits.gpus, keep.get("CUDA_VISIBLE_DEVICES"))
     keep |= {"HOME": str(folder / "root/home"), "TMPDIR": job["tmp"], "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
+    program = place_programs(folder) / script
     start = time.monotonic()
-    ended = subprocess.run([*prefix, sys.executable, script, folder / "job.json"], env=keep, capture_output=True)
+    ended = subprocess.run([*prefix, sys.executable, program, folder / "job.json"], env=keep, capture_output=True)
     return time.monotonic() - start, ended.returncode, ended.stderr.decode(errors="replace").strip()
 
 

@@ -10,8 +10,10 @@ import tarfile
 from datetime import datetime
 
 from inference.checks import Check
-from test.harness import engines, preflight, served
-from test.harness.savedimage import Layer
+from inference.phase import DEFAULT, VARIABLE
+from release import preflight
+from release.savedimage import Layer
+from test.harness import engines, served
 
 LIST = """
 import json, os
@@ -36,20 +38,35 @@ def build(engine: str, image: str, api: str | None = None) -> None:
     command = [str(engines.ROOT / "build.sh"), "--engine", engine]
     if engine == "docker":
         about, ensemble = engines.inspect(image), bundled(image)
-        sources = [engines.ROOT / name for name in ("Dockerfile", "requirements.txt", "inference", ensemble)]
+        sources = [engines.ROOT / name for name in ("Dockerfile", "requirements/job.txt", "inference", ensemble)]
         files = [
             file for source in sources for file in [source, *source.rglob("*.*")] if "__pycache__" not in file.parts
         ]
         newest = max((file.stat().st_mtime for file in files if file.is_file()), default=0)
         if about and datetime.fromisoformat(about["Created"][:19] + "+00:00").timestamp() > newest:
-            if api in (None, served.api_method(image)):
+            if api in (None, served.api_method(image)) and phase_of(image) == wanted_phase():
                 return
-            print(f"{image} is labelled {served.api_method(image)}: building it for {api}", flush=True)
+            if phase_of(image) != wanted_phase():
+                print(f"{image} was built for {phase_of(image)}: building it for {wanted_phase()}", flush=True)
+            else:
+                print(f"{image} is labelled {served.api_method(image)}: building it for {api}", flush=True)
         command += ["--ensemble", ensemble, *(["--api", api] if api else [])]
     # natively, build.sh itself knows what is installed, and prints nothing when that is everything
     done = subprocess.run(command, env=os.environ | {"IMAGE": image})
     if done.returncode:
-        raise RuntimeError(f"build.sh --engine {engine} failed; its message stands above")
+        fix = "; without a reachable registry, name a base image that is here with BASE_IMAGE=, or use --engine native"
+        raise RuntimeError(f"build.sh --engine {engine} failed (see above){fix if engine == 'docker' else ''}")
+
+
+def wanted_phase() -> str:
+    """The phase's file that this run is for, below this folder."""
+    return os.path.relpath(os.environ.get(VARIABLE) or DEFAULT, engines.ROOT)
+
+
+def phase_of(image: str) -> str:
+    """The phase's file, below this folder, that build.sh put into `image`."""
+    labels = (engines.inspect(image) or {}).get("Config", {}).get("Labels") or {}
+    return labels.get("midog-lora.phase", os.path.relpath(DEFAULT, engines.ROOT))
 
 
 def bundled(image: str) -> str:

@@ -9,9 +9,9 @@ import uuid
 from pathlib import Path
 from random import Random
 
-SLUG = "stacked-histopathology-roi-cropouts"
-ANSWER = "multiple-mitotic-figure-classification.json"
-SUFFIXES = (".tif", ".tiff", ".mha")
+from inference.phase import PHASE
+
+SLUG, ANSWER, SUFFIXES = PHASE.slug, PHASE.output, PHASE.suffixes
 VARIANTS = ("2026", "2025", "template", "stub", "extra", "missing")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from inference.phase import PHASE
 from test.harness.report import Result
 
 if TYPE_CHECKING:
@@ -36,18 +37,18 @@ def write_page(results: list[Result], truth: Path | None, ensemble: Path | None,
     from inference.answers import Answer
     from inference.imageio.stack import read_stack
     from inference.manifest import holds_ensemble, load_manifest
-    from inference.report.page import write_report
+    from inference.report.page import Page, write_report
     from test.harness.scoring import read_truth
 
-    known = read_truth(truth) if truth else {}
+    truths = read_truth(truth) if truth else {}
     rows = []
     for result in answered:
-        labels, domains = known.get(result.stack.name, ([None] * result.pages, [""] * result.pages))
+        labels, domains = truths.get(result.stack.name, ([None] * result.pages, [""] * result.pages))
         pages = (result.run.details or {}).get("pages", [{}] * result.pages)
         for page, answer in enumerate(result.answers or []):
-            label = None if labels[page] is None else int(labels[page] == "atypical")
+            label = None if labels[page] is None else int(labels[page] == PHASE.classes[1])
             folds = tuple(pages[page].get("fold_p", ()))
-            p, domain = answer["confidence"], str(domains[page])
+            p, domain = PHASE.confidence(answer["confidence"]), str(domains[page])  # P(atypical) again
             rows.append(Answer(result.stack.name, page, p, folds, label=label, domain=domain))
 
     def crops() -> Iterator[np.ndarray]:
@@ -56,8 +57,8 @@ def write_page(results: list[Result], truth: Path | None, ensemble: Path | None,
 
     details = answered[0].run.details or {}
     manifest = load_manifest(ensemble) if ensemble and ensemble.is_dir() and holds_ensemble(ensemble) else None
-    if manifest and manifest.name != details.get("ensemble", manifest.name):
+    known = {"ensemble": manifest.name, "threshold": manifest.threshold} if manifest else {}
+    if any(details.get(name, value) != value for name, value in known.items()):
         manifest = None  # the image was built with another ensemble
-    threshold = details.get("threshold", 0.5)
-    write_report(rows, crops(), manifest, file, title="Local run", threshold=threshold)
+    write_report(rows, crops(), manifest or details.get("threshold", 0.5), file, Page("Local run"))
     return f"open {os.path.relpath(file)}"

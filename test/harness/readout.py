@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from inference.checks import Check, passed
+from inference.phase import PHASE
 from test.harness.engines import Run
 from test.harness.layout import ANSWER
 
@@ -36,14 +37,14 @@ def judge_end(run: Run) -> list[Check]:
     """Exit code and time, mapped to the message that the platform shows."""
     if run.timed_out:
         fix = "stay far below the limit; set --time-limit to your phase's"
-        return [Check("FAIL", f"Time limit exceeded: TERM, then KILL, after {run.seconds:.0f} s", fix)]
+        how = run.error or "TERM, then KILL"
+        return [Check("FAIL", f"Time limit exceeded after {run.seconds:.0f} s: {how}", fix)]
     if run.oom or run.code == 137:
         return [Check("FAIL", "The job was killed as it exceeded its memory limit", "load and batch less at a time")]
     if run.code is None or (run.code == 0 and run.error):
         return [Check("FAIL", f"The platform ended the job: {run.error}", "see the message")]
     if run.code != 0:
-        lines = [line for line in run.stderr.decode(errors="replace").splitlines() if line.strip()]
-        message = lines[-1].strip()[:ERROR_CHARS] if lines else "no errors were reported in the logs"
+        message = last_line(run)
         fix = "see stderr.log in the output folder"
         if "MemoryError" in message or "bad_alloc" in message:
             fix = "stay below 15 GiB of data memory"
@@ -53,6 +54,13 @@ def judge_end(run: Run) -> list[Check]:
         message = "a child process kept stdout or stderr open after the end: on the platform the job hangs"
         findings.append(Check("FAIL", message, "end worker processes before the program ends"))
     return findings
+
+
+def last_line(run: Run) -> str:
+    """What the platform shows of a job that failed: the last line of stderr that is not empty."""
+    lines = run.stderr.decode(errors="replace").splitlines() if run.reported is None else run.reported
+    lines = [line for line in lines if line.strip()]
+    return lines[-1].strip()[:ERROR_CHARS] if lines else "no errors were reported in the logs"
 
 
 def judge_logs(stdout: bytes, stderr: bytes) -> list[Check]:
@@ -131,20 +139,26 @@ def check_answers(value: object, pages: int) -> list[Check]:
             return [Check("FAIL", f"page {page}: Output format is wrong. Needs list of dictionaries", "see the README")]
         if "class" not in answer or "confidence" not in answer:
             return [Check("FAIL", f'page {page}: lacks "class" or "confidence"', "write both for every page")]
-        if answer["class"] not in ("normal", "atypical"):
-            message = f'page {page}: class is {answer["class"]!r}; expected "normal" or "atypical"'
-            return [Check("FAIL", message, "write the exact lower-case word")]
+        if answer["class"] not in PHASE.classes:
+            message = (
+                f'page {page}: class is {answer["class"]!r}; expected "{PHASE.classes[0]}" or "{PHASE.classes[1]}"'
+            )
+            return [Check("FAIL", message, "write the exact word")]
         if not isinstance(answer["confidence"], float):
             message = f"page {page}: confidence is {json.dumps(answer['confidence'])}; it needs to be of type float"
             return [Check("FAIL", message, "write float(p): 1 is refused, 1.0 is not")]
         if not (math.isfinite(answer["confidence"]) and 0 <= answer["confidence"] <= 1):
             message = f"page {page}: confidence is {answer['confidence']}, outside [0, 1]"
-            return [Check("FAIL", message, "write P(atypical)")]
+            return [Check("FAIL", message, f"write P({PHASE.positive})")]
     findings = []
-    p = {kind: [answer["confidence"] for answer in value if answer["class"] == kind] for kind in ("normal", "atypical")}
-    if p["normal"] and p["atypical"] and max(p["normal"]) > min(p["atypical"]):
-        message = f"a normal page has confidence {max(p['normal']):.3f}, an atypical one {min(p['atypical']):.3f}"
-        fix = "confidence is P(atypical) for every page, not the score of the predicted class"
+    positive = [answer["confidence"] for answer in value if answer["class"] == PHASE.positive]
+    negative = [answer["confidence"] for answer in value if answer["class"] != PHASE.positive]
+    if positive and negative and max(negative) > min(positive):
+        other = next(word for word in PHASE.classes if word != PHASE.positive)
+        message = (
+            f"a page called {other} has confidence {max(negative):.3f}, one called {PHASE.positive} {min(positive):.3f}"
+        )
+        fix = f"confidence is P({PHASE.positive}) for every page, not the score of the predicted class"
         findings.append(Check("WARN", f"{message}: no threshold explains the classes", fix))
     if pages > 1 and len({answer["confidence"] for answer in value}) == 1:
         findings.append(Check("WARN", "all confidences are equal", "check that the pages reach the model"))

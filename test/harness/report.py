@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from inference.checks import Check, passed
+from inference.phase import PHASE
 from test.harness.engines import Run
 
 
@@ -26,18 +27,36 @@ class Result:
         return passed(self.findings)
 
 
+def judge_others(results: list[Result]) -> list[Check]:
+    """What the other answers are worth where a job failed: nothing, and those after it may never have been run."""
+    failed = [result.stack.name for result in results if not (result.passed or result.run.skipped)]
+    if not failed or len(results) == 1:
+        return []
+    answered, skipped = (sum(map(each, results)) for each in (lambda r: r.passed, lambda r: r.run.skipped))
+    message = f"{', '.join(failed)} failed, and with it the evaluation of all {len(results)} stacks"
+    worth = f"the answers of {answered} stack(s) count for nothing, {skipped} were not run"
+    return [Check("FAIL", f"{message}: {worth}", "correct it and run all of them again")]
+
+
+def judge_shown(result: Result) -> list[Check]:
+    """What reaches a challenge's participants of a failed job; the log stays with whoever may see the phase's jobs."""
+    if result.passed or result.run.skipped:
+        return []
+    first = next(finding.message for finding in result.findings if finding.level == "FAIL")
+    message = f"at most this is shown of {result.stack.name}, and nothing in a phase that hides its jobs: {first}"
+    return [Check("WARN", message, "say all in the last line of stderr")]
+
+
 def print_pages(result: Result) -> None:
-    """Table of one stack: page, class, P(atypical), spread over the folds, seconds of prediction."""
+    """Table of one stack: page, class, probability, spread over the folds; then the seconds of the whole job."""
     details = result.run.details
     spreads = {page["page"]: page["spread"] for page in details.get("pages", [])}
     seconds = details.get("seconds", {})
-    share = seconds.get("predict", 0) / max(result.pages, 1)
-    print(f"  {'page':>4}  {'class':<8}  {'P(atypical)':>11}  {'spread':>6}  {'seconds':>7}")
+    print(f"  {'page':>4}  {'class':<8}  {f'P({PHASE.positive})':>11}  {'spread':>6}")
     for page, answer in enumerate(result.answers or []):
         spread = f"{spreads[page]:6.3f}" if spreads.get(page) is not None else "     -"
         bar = "#" * round(20 * answer["confidence"])
-        each = f"{share:7.3f}" if seconds else "      -"
-        print(f"  {page:>4}  {answer['class']:<8}  {answer['confidence']:11.4f}  {spread}  {each}  {bar}")
+        print(f"  {page:>4}  {answer['class']:<8}  {answer['confidence']:11.4f}  {spread}  {bar}")
     phases = ", ".join(f"{name} {value:.2f}" for name, value in seconds.items())
     about = ", ".join(str(details[key]) for key in ("ensemble", "device", "precision") if details.get(key))
     if about:
@@ -49,14 +68,14 @@ def print_row(result: Result) -> None:
     """One line for one stack of many."""
     p = [answer["confidence"] for answer in result.answers or []]
     mean = f"{statistics.fmean(p):.3f}" if p else "-"
-    atypical = sum(answer["class"] == "atypical" for answer in result.answers or [])
+    positive = sum(answer["class"] == PHASE.positive for answer in result.answers or [])
     state = "ok" if result.passed else "FAIL"
     seconds = f"{result.run.wall_seconds:>7.2f}"
-    print(f"  {result.stack.name:<24}  {result.pages:>5}  {atypical:>8}  {mean:>6}  {seconds}  {state}", flush=True)
+    print(f"  {result.stack.name:<24}  {result.pages:>5}  {positive:>8}  {mean:>6}  {seconds}  {state}", flush=True)
 
 
 def print_header() -> None:
-    print(f"  {'stack':<24}  {'pages':>5}  {'atypical':>8}  {'mean P':>6}  {'seconds':>7}")
+    print(f"  {'stack':<24}  {'pages':>5}  {PHASE.positive:>8}  {'mean P':>6}  {'seconds':>7}")
 
 
 def print_metrics(metrics: dict[str, Any]) -> None:

@@ -92,6 +92,9 @@ def run(
     )
     setup = json.loads(bucket.get(f"{prefix}/runtime/.sagemaker_shim/runtime_setup_result.json") or b"{}")
     runs = [read_task(folder / str(index), task, pks[0], setup, log, code, bucket) for index, task in enumerate(tasks)]
+    if wall > len(pks) * limits.seconds:  # SageMaker's clock runs from the shim's start to its end
+        last = max((index for index, each in enumerate(runs) if not each.skipped), default=0)
+        runs[last] = replace(runs[last], timed_out=True)
     rest = wall - sum(each.seconds for each in runs)
     return [replace(each, wall_seconds=each.seconds + (0 if i else rest)) for i, each in enumerate(runs)]
 
@@ -142,14 +145,11 @@ def read_task(
     result = json.loads(bucket.get(task["output_prefix"] + ".sagemaker_shim/inference_result.json") or b"null")
     error = result["user_safe_error_message"] if result else setup.get("user_safe_error_message")
     timed_out = bool(result) and "ime limit exceeded" in (error or "")
+    skipped = result is None and not error and setup.get("return_code") == 0 and code == 0
     if error:  # the shim's own message, which is also in the log: the platform shows it, but not as a line of the job's
         streams["stderr"] = streams["stderr"].replace(f"{error}\n", "")
     elif result is None:
-        ended = (
-            "the task was not run"
-            if setup.get("return_code") == 0 and code == 0
-            else f"the shim ended with code {code}"
-        )
+        ended = "the task was not run" if skipped else f"the shim ended with code {code}"
         error = f"An unexpected error occurred ({ended})"
     output = folder / "output"
     output.mkdir(parents=True)
@@ -168,6 +168,8 @@ def read_task(
         stderr=streams["stderr"].encode(),
         timed_out=timed_out,
         oom=code == 137,
+        skipped=skipped,
+        reported=result["user_process_last_stderr_lines"] if result else None,
         seconds=seconds(duration),
     )
 

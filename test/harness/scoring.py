@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-CLASSES = {"normal": 0, "atypical": 1}
+from inference.phase import PHASE
+
+CLASSES = {word: int(word == PHASE.positive) for word in PHASE.classes}
 Ints = NDArray[np.int_]
 Floats = NDArray[np.float64]
 Truth = dict[str, tuple[list[str], list[int]]]
@@ -34,7 +36,7 @@ def read_truth(path: Path) -> Truth:
         if len(labels) != len(domains):
             raise ValueError(f"{image} has {len(labels)} labels and {len(domains)} tumour domains")
         if not set(labels) <= set(CLASSES):
-            raise ValueError(f"{image} has labels {sorted(set(labels))}; expected normal and atypical")
+            raise ValueError(f"{image} has labels {sorted(set(labels))}; expected {' and '.join(CLASSES)}")
     return truth
 
 

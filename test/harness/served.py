@@ -8,7 +8,7 @@ from pathlib import Path
 
 from test.harness import engines
 
-INVOKE = Path(__file__).with_name("shim_invoke.py")
+INVOKE = "shim_invoke.py"
 LABEL = "org.grand-challenge.api-method"
 PORT = 4743
 

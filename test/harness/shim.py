@@ -2,9 +2,10 @@
 
     python shim.py JOB/job.json
 
-One file, standard library only, because it is mounted into images that we know nothing about. It resets the folders,
-"downloads" the input, unpacks the model tarball, limits data memory, drops to the image's user, runs the command under
-a time limit (TERM to the process group, KILL five seconds later), and "uploads" the output of a job that exited with 0.
+Standard library and unpack.py beside it, because it runs in images that we know nothing about. It resets the folders,
+"downloads" the input, unpacks the model tarball, limits data memory, drops to the image's user, runs the command, and
+"uploads" the output of a job that exited with 0. One time limit counts all of it; at its end the command gets TERM (the
+process group), and KILL five seconds later.
 Beside job.json lie input/ (read), and output/, stdout.log, stderr.log, result.json (written).
 """
 
@@ -22,18 +23,14 @@ import signal
 import stat
 import subprocess
 import sys
-import tarfile
 import threading
 import time
-import zlib
 from pathlib import Path
 from typing import Any
 
+from unpack import SetupError, unpack
+
 GRACE_SECONDS = 5
-
-
-class SetupError(Exception):
-    """An error before the program starts; the platform ends the job with its message."""
 
 
 def find_user(user: str) -> tuple[int | None, int | None, list[int], str | None]:
@@ -103,40 +100,6 @@ def open_folders(job: dict[str, Any]) -> None:
     for name in (job["output"], job["tmp"], *job["writable"]):
         Path(name).mkdir(parents=True, exist_ok=True)
         Path(name).chmod(0o777)
-
-
-def leads_out(place: str) -> bool:
-    """Whether a normalised relative path leaves its folder; `..data` is an ordinary name."""
-    return place == ".." or place.startswith("../")
-
-
-def unsafe(member: tarfile.TarInfo) -> str | None:
-    """Why `filter="data"` refuses a member, or None; written out because Python before 3.11.4 has no such filter."""
-    place = os.path.normpath(member.name.lstrip("/"))
-    if leads_out(place):
-        return f"{member.name} lies outside the destination"
-    if member.issym() or member.islnk():
-        target = member.linkname if member.islnk() else os.path.join(os.path.dirname(place), member.linkname)
-        if os.path.isabs(member.linkname) or leads_out(os.path.normpath(target)):
-            return f"{member.name} links to {member.linkname}, outside the destination"
-    elif not (member.isreg() or member.isdir()):
-        return f"{member.name} is a special file"
-    return None
-
-
-def unpack(source: str, target: str) -> None:
-    """Unpacks a model tarball as `filter="data"` does. SetupError where that refuses it."""
-    try:
-        with tarfile.open(source) as tar:
-            for member in tar:
-                reason = unsafe(member)
-                if reason:
-                    raise tarfile.TarError(reason)
-                member.name = member.name.lstrip("/")
-                member.mode = member.mode & 0o755 | (0o700 if member.isdir() else 0o600)
-                tar.extract(member, target)
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise SetupError(f"Could not set up model: Tarfile could not be extracted ({error})") from error
 
 
 def set_up_model(job: dict[str, Any]) -> None:
@@ -227,13 +190,13 @@ def end_group(process: subprocess.Popen[bytes]) -> int:
         return process.wait()
 
 
-def run_command(job: dict[str, Any], files: Path) -> dict[str, Any]:
-    """Runs the command to its end and returns its part of result.json."""
-    start, kills = time.monotonic(), oom_kills()
+def run_command(job: dict[str, Any], files: Path, start: float) -> dict[str, Any]:
+    """Runs the command to its end or to the limit of the job, which began at `start`; its part of result.json."""
+    kills = oom_kills()
     process, readers = start_command(job, files)
     timed_out = False
     try:
-        code = process.wait(job["time_limit"])
+        code = process.wait(max(0, start + job["time_limit"] - time.monotonic()))
     except subprocess.TimeoutExpired:
         timed_out = True
         code = end_group(process)
@@ -269,7 +232,7 @@ def upload(output: Path, target: Path) -> str | None:
 
 def main(argument: str) -> int:
     """Runs the job that a job.json describes; returns 0 even when the job failed (result.json says so)."""
-    files = Path(argument).resolve().parent
+    start, files = time.monotonic(), Path(argument).resolve().parent
     job = json.loads(Path(argument).read_text())
     if job["tmp"] == "/tmp" and os.getpid() != 1:
         raise SystemExit("shim.py empties /input, /output and /tmp; outside a container give it other folders")
@@ -278,7 +241,7 @@ def main(argument: str) -> int:
         reset_folders(job, files)
         if job["model_source"]:
             set_up_model(job)
-        result.update(run_command(job, files))
+        result.update(run_command(job, files, start))
         (files / "output").mkdir()
         if result["code"] == 0:
             result["error"] = upload(Path(job["output"]), files / "output")

@@ -3,7 +3,8 @@
     python shim_invoke.py FOLDER/job.json
 
 Beside shim.py, under the same conditions. The server starts once; each task has a folder of its own beside job.json
-with input/ (read), and output/, stdout.log, stderr.log, result.json (written). The first failure ends the run.
+with input/ (read), and output/, stdout.log, stderr.log, result.json (written). The first failure ends the run. The
+tasks together have the sum of their limits, and the start of the server is counted too.
 """
 
 from __future__ import annotations
@@ -63,13 +64,14 @@ def wait_for_health(process: Any, port: int, seconds: float) -> None:
     raise shim.SetupError(f"The inference server didn't pass the health check within {seconds:.0f} seconds")
 
 
-def run_task(job: dict[str, Any], task: dict[str, Any], files: Path) -> dict[str, Any]:
-    """One POST /invoke between a reset and an upload; returns result.json's content."""
+def run_task(job: dict[str, Any], task: dict[str, Any], files: Path, deadline: float) -> dict[str, Any]:
+    """One POST /invoke between a reset and an upload; returns result.json's content. deadline: of all tasks."""
     folder, start, kills = files / task["name"], time.monotonic(), shim.oom_kills()
     code, error, timed_out = 1, None, False
     shim.reset_folders(job | task, folder)
     try:
-        status = call("POST", "/invoke", job["port"], job["time_limit"])
+        allowed = min(job["time_limit"], deadline - time.monotonic())
+        status = call("POST", "/invoke", job["port"], max(0.01, allowed))
         code = 0 if status == 201 else 1
     except TimeoutError:
         timed_out = True
@@ -84,14 +86,12 @@ def run_task(job: dict[str, Any], task: dict[str, Any], files: Path) -> dict[str
         error = shim.upload(Path(job["output"]), folder / "output")
     for name in (job["output"], job["input"]):
         shim.clean(Path(name))
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024  # of ended processes: not the server
     return {
         "code": None if error and code else code,
         "error": error,
         "timed_out": timed_out,
         "oom": shim.oom_kills() > kills,
         "seconds": seconds,
-        "peak_mib": peak,
     }
 
 
@@ -104,42 +104,41 @@ def take_logs(files: Path, folder: Path, sizes: dict[str, int]) -> None:
 
 
 def main(argument: str) -> int:
-    files = Path(argument).resolve().parent
+    begin, files = time.monotonic(), Path(argument).resolve().parent
     job = json.loads(Path(argument).read_text())
     if job["tmp"] == "/tmp" and os.getpid() != 1:
         raise SystemExit("shim_invoke.py empties /input, /output and /tmp; outside a container give it other folders")
-    server: dict[str, Any] = {"error": None, "code": None}
+    server: dict[str, Any] = {"code": None}
     sizes = {"stdout.log": 0, "stderr.log": 0}
     process, failed = None, None
+    deadline = begin + len(job["tasks"]) * job["time_limit"]
     try:
         loopback_up()
         shim.open_folders(job)
         if job["model_source"]:
             shim.set_up_model(job)
-        start = time.monotonic()
         process, readers = shim.start_command(job, files)
-        wait_for_health(process, job["port"], job["start_limit"])
-        server["ready_seconds"] = time.monotonic() - start
+        wait_for_health(process, job["port"], min(job["start_limit"], deadline - time.monotonic()))
     except shim.SetupError as error:
-        server["error"] = failed = str(error)
+        failed = str(error)
         if process is not None and process.poll() is not None:
             for reader in readers:  # the last log lines may still be in a pipe
                 reader.join(5)
     for task in job["tasks"]:
-        result: dict[str, Any] = {"code": None, "error": failed}
+        result: dict[str, Any] = {"code": None, "error": failed, "skipped": failed == NOT_RUN}
+        result["timed_out"] = bool(failed) and not result["skipped"] and time.monotonic() >= deadline
+        result["seconds"] = time.monotonic() - begin if result["timed_out"] else 0.0
         try:
             if not failed:
-                result = run_task(job, task, files)
+                result = run_task(job, task, files, deadline)
         except shim.SetupError as error:
             result["error"] = str(error)
         take_logs(files, files / task["name"], sizes)
         (files / task["name"] / "result.json").write_text(json.dumps(result))
         if result["code"] != 0 or result["error"]:
-            failed = failed or NOT_RUN
+            failed = NOT_RUN
     if process is not None:
-        start = time.monotonic()
         server["code"] = shim.end_group(process)
-        server["stop_seconds"] = time.monotonic() - start
         for reader in readers:
             reader.join(5)
     server["peak_mib"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024

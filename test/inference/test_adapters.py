@@ -58,7 +58,7 @@ def test_reads_what_peft_saves(tmp_path: Path) -> None:
     listed = write(tmp_path, target_modules=["qkv", "attn.proj"])
     assert read_adapter(listed, LAYERS).lora.keys() == adapter.lora.keys()
     half = {name: value.half() for name, value in tensors().items()}
-    assert read_adapter(write(tmp_path, half), LAYERS).head_weight.dtype == torch.float32
+    assert read_adapter(write(tmp_path, half), LAYERS).head["weight"].dtype == torch.float32
     older = write(tmp_path, qalora_group_size=KeyError, use_dora=KeyError, lora_bias=KeyError, megatron_core=KeyError)
     read_adapter(older, LAYERS)
 

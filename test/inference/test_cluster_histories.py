@@ -1,18 +1,16 @@
 """Resume equals fresh on a cluster: after any history the output holds what one run would give, or the run is refused.
 
-Driver, worker and output are the real ones; only Ray between them is replaced by a loop (test_cluster.py has Ray).
+Driver, worker and output are the real ones; a loop replaces Ray between them (test_cluster_deaths.py has Ray).
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,9 +21,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from inference.cluster import command
-from inference.cluster.worker import Scorer
-from inference.errors import UserError
+from inference.cluster import pool
+from inference.cluster.pool import Pool
+from inference.cluster.worker import Worker
 from test.support.histories import Killed, Stub, image, outcome, stubbed
 from test.support.shard_files import write_parquet, write_tar
 from test.support.stub import stub_manifest
@@ -50,13 +48,10 @@ RUN = {  # mostly what it was before: a history of refusals shows little
 }
 
 
-def in_a_loop(shards: list[Any], scorer: tuple[Any, ...], *_: object) -> Iterator[dict[str, Any]]:
-    worker = Scorer(*scorer)
-    for shard in shards:
-        row = {name: cell[0] for name, cell in worker({"shard": [json.dumps(asdict(shard))]}).items()}
-        if row["stop"]:
-            raise UserError(row["stop"])
-        yield row
+def in_a_loop(_: Pool, kind: type[Worker], settings: Any, work: Iterable[Any], ordered: bool = False) -> Iterator[Any]:
+    worker = kind(*settings)
+    for key, piece in work:
+        yield key, worker.take(piece)
 
 
 def died(code: int) -> None:
@@ -72,8 +67,12 @@ class Scoring(RuleBasedStateMachine):
         self.folder, self.clock = Path(tempfile.mkdtemp()), 0
         self.closing = contextlib.ExitStack()
         self.closing.callback(shutil.rmtree, self.folder)
-        for name, value in (("predictions", in_a_loop), ("connect", mock.Mock()), ("pool", lambda *_: (1, {}, 1))):
-            self.closing.enter_context(mock.patch.object(command, name, value))
+        for owner, name, value in (
+            (Pool, "spread", in_a_loop),
+            (pool, "connect", mock.Mock()),
+            (pool, "placement", lambda *_: (1, {}, 1)),
+        ):
+            self.closing.enter_context(mock.patch.object(owner, name, value))
         self.closing.enter_context(mock.patch.object(os, "fsync"))  # a disk that takes its time shows nothing here
         self.closing.enter_context(mock.patch.object(os, "_exit", died))
         self.closing.enter_context(stubbed())
@@ -166,7 +165,7 @@ class Scoring(RuleBasedStateMachine):
     def run_into(self, output: Path, inputs: list[str], weights: int, precision: str) -> tuple[int | None, str]:
         """Exit code, or None and why the command refused."""
         where = ["--weights", self.folder / f"weights{weights}", "--device", "cpu", "--precision", precision]
-        return outcome("score", "--ray", "none", *inputs, "--output", output, "--shard", "3", *where)
+        return outcome("cluster", "--ray", "none", *inputs, "--output", output, "--shard", "3", *where)
 
 
 def answers(folder: Path) -> list[dict[str, Any]]:

@@ -40,7 +40,7 @@ def test_a_command_imports_its_own_module_only() -> None:
     )
     loaded = python("-c", program).stderr.split()
     assert "inference.doctor" in loaded
-    assert not {"inference.serve", "inference.scoring.command", "inference.slides.command", "torch"} & set(loaded)
+    assert not {"inference.serve", "inference.scoring.command", "inference.slides.crops", "torch"} & set(loaded)
 
 
 def test_without_a_command_it_is_a_job() -> None:
@@ -48,3 +48,20 @@ def test_without_a_command_it_is_a_job() -> None:
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert python("-m", "inference", "--nothing").returncode == 2
     assert python("-m", "training").returncode == 2
+
+
+BARE = """
+import sys
+from importlib import import_module
+sys.path.insert(0, "")
+program, command = sys.argv[1:]
+import_module(program + ".__main__").main([command, "--help"])
+"""
+
+
+@pytest.mark.parametrize(("program", "command"), [(p, c) for p, commands in PROGRAMS.items() for c in commands])
+def test_help_needs_nothing_but_python(program: str, command: str) -> None:
+    """-I -S: no site-packages, so neither numpy nor torch can be imported."""
+    done = python("-I", "-S", "-c", BARE, program, command)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert done.stdout.startswith("usage: ") and "--help" in done.stdout

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from inference.exits import INCOMPLETE
-from inference.slides import command
+from inference.slides import crops as command
 from test.support.histories import Killed, outcome
 from test.support.pyramids import write_slide
 

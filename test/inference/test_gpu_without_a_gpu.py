@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from inference import adapters, weights
 from inference.backbones import BACKBONES, POOLS
 from inference.device import choose_device
-from inference.ensemble import Ensemble, Member
+from inference.ensemble import Ensemble, LoadedMember
 from inference.errors import UserError
 from inference.report.attribution import attribute
 from test.support.fake_gpu import fake_gpu, really
@@ -136,15 +136,15 @@ def test_too_little_device_memory_halves_the_pass(error: Exception, made: Any, m
     ensemble = Ensemble.load(made("efficientnet-lite0", "avg", "late"), "cpu", "fp32")
     pages = list(np.random.default_rng(1).integers(0, 256, (7, 40, 40, 3), np.uint8))
     expected = ensemble.predict(pages).p_atypical
-    real, sizes, fits = Member._logits, [], 2
+    real, sizes, fits = LoadedMember._logits, [], 2
 
-    def limited(self: Member, crops: list[np.ndarray], *more: Any) -> np.ndarray:
+    def limited(self: LoadedMember, crops: list[np.ndarray], *more: Any) -> np.ndarray:
         sizes.append(len(crops))
         if len(crops) > fits:
             raise error
         return real(self, crops, *more)
 
-    monkeypatch.setattr(Member, "_logits", limited)
+    monkeypatch.setattr(LoadedMember, "_logits", limited)
     ensemble.members[0]._batch = 7
     np.testing.assert_allclose(ensemble.predict(pages).p_atypical, expected, atol=1e-6)
     assert sizes == [7, 3, 1, 1, 1, 1, 1, 1, 1]
@@ -160,7 +160,7 @@ def test_other_faults_of_a_gpu_are_not_taken_for_a_lack_of_memory(made: Any, mon
         def broken(*_: Any, words: str = words) -> np.ndarray:
             raise RuntimeError(words)
 
-        monkeypatch.setattr(Member, "_logits", broken)
+        monkeypatch.setattr(LoadedMember, "_logits", broken)
         with pytest.raises(RuntimeError, match=words):
             ensemble.predict(CROPS)
 

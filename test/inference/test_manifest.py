@@ -161,6 +161,7 @@ def test_refuses(path: tuple, value: Any, tmp_path: Path) -> None:
         (("members", 1, "name"), "../b"),
         (("members", 1, "folds", 0, "folder"), "fold0"),
         (("members", 1, "tta"), "d8"),
+        (("members", 1, "positions"), "nearest"),
         (("members", 0), 1),
         (("members", 1, "base", "sha256"), "0" * 64),
         (("members", 1, "preprocess", "size"), 0),

@@ -19,17 +19,18 @@ import torch
 
 from inference import ensemble as module
 from inference.averaging import average
-from inference.ensemble import Ensemble, Member
+from inference.ensemble import Ensemble, LoadedMember
 from inference.errors import UserError
 from inference.manifest import load_manifest
 from inference.metrics import sigmoid
-from test.harness import engines, layout, preflight, readout, served
+from release import preflight
+from release.tarball import write_model_tarball
+from test.harness import engines, layout, readout, served
 from test.support.commands import inference
 from test.support.image_files import stack, with_pillow
 from test.support.miniature import make_members, overrides, random_base
 from test.support.programs import messages
 from test.support.stub import make_input, run_job
-from training.tarball import write_model_tarball
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "test/sample/stack_0.tiff"
@@ -157,17 +158,17 @@ def test_computing_again_in_fp32_reads_only_what_was_checked(
 
 
 def test_out_of_memory_halves_the_pass_of_that_member_alone(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, passes = Member._logits, []
+    real, passes = LoadedMember._logits, []
 
-    def limited(self: Member, images: Any, tta: str, weights: Any) -> np.ndarray:
+    def limited(self: LoadedMember, images: Any, tta: str, weights: Any) -> np.ndarray:
         passes.append((self.about.name, len(images)))
         if self.about.name == "uni" and len(images) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(self, images, tta, weights)
 
     expected = Ensemble.load(two, "cpu", "fp32").predict(crops())
-    monkeypatch.setattr(Member, "_first_batch", lambda self, tta: 5)
-    monkeypatch.setattr(Member, "_logits", limited)
+    monkeypatch.setattr(LoadedMember, "_first_batch", lambda self, tta: 5)
+    monkeypatch.setattr(LoadedMember, "_logits", limited)
     found = Ensemble.load(two, "cpu", "fp32").predict(crops())
     assert passes == [("lite", 5), ("uni", 5), ("uni", 2), ("uni", 2), ("uni", 1)]
     assert np.abs(found.p_atypical - expected.p_atypical).max() < 1e-6

@@ -49,6 +49,7 @@ def test_full_size_has_the_published_parameters_and_targets(name):
 
 # the siblings of a size run the same code: once each, with their own pooling
 SIBLINGS = ("dinov2-vitb14", "dinov2-vitl14", "dinov3-vits16", "dinov3-vitb16", "dinov3-vitl16")
+SIBLINGS += ("dinov2-vitb14-reg", "dinov2-vitl14-reg", *(name for name in BACKBONES if "qkvb" in name))
 CASES = [
     (name, pool)
     for name, row in BACKBONES.items()

@@ -19,9 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from inference import score_request, serve
+from inference import score_request
+from inference import server as http
 from inference.ensemble import Ensemble
 from inference.errors import UserError
+from inference.server import ScoreEndpoint, Server
 from test.support.processes import connections, until
 
 CROPS = [np.random.default_rng(n).integers(0, 255, (96, 96, 3), dtype=np.uint8) for n in range(3)]
@@ -65,8 +67,8 @@ def port(ensemble: Ensemble, tasks: list[int]) -> Iterator[int]:
         return {"pages": 1, "seconds": 0.0}
 
     with ThreadPoolExecutor(1) as pool:
-        scorer = serve.Scorer(score_request.about(ensemble), partial(score_request.score, ensemble))
-        server = serve.Server(("127.0.0.1", 0), pool, task, scorer)
+        scorer = ScoreEndpoint(score_request.about(ensemble), partial(score_request.score, ensemble))
+        server = Server(("127.0.0.1", 0), pool, task, scorer)
         threading.Thread(target=server.serve_forever, args=(0.01,)).start()
         yield server.server_port
         server.shutdown()
@@ -146,7 +148,7 @@ def test_who_answers_is_said_and_described(port, ensemble) -> None:
     [
         ("text/plain", b"x", "expected application/json or multipart/form-data"),
         ("application/json", b"{", "the JSON cannot be read"),
-        ("application/json", b"[" * 50_000, "the JSON cannot be read"),
+        ("application/json", b"[" * 4000, "the JSON cannot be read"),
         ("application/json", b'{"images": "abc", "mpp": 1}', "the JSON cannot be read"),
         ("application/json", b'{"images": ["!"], "mpp": 0.25}', "the JSON cannot be read"),
         ("application/json", b'{"images": [], "mpp": 0.25}', "has 0 images"),
@@ -222,7 +224,7 @@ def test_callers_that_left_do_not_hold_up_one_that_waits(ensemble) -> None:
         return {"pages": 1, "seconds": 0.0}
 
     with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(2) as callers:
-        server = serve.Server(("127.0.0.1", 0), pool, task)
+        server = Server(("127.0.0.1", 0), pool, task, ScoreEndpoint({}, lambda request: {}))
         threading.Thread(target=server.serve_forever, args=(0.01,)).start()
         first = callers.submit(ask, server.server_port, "POST", "/invoke")
         assert begun.wait(600)
@@ -235,5 +237,69 @@ def test_callers_that_left_do_not_hold_up_one_that_waits(ensemble) -> None:
         go.set()
         assert first.result()[0] == last.result()[0] == 201
         assert len(ran) == 2
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_request_with_too_many_pixels_is_refused_before_anything_is_decoded(port, monkeypatch) -> None:
+    """A blank PNG of a few kilobytes has millions of pixels."""
+    image = png(np.zeros((1024, 1024, 3), np.uint8))
+    count = score_request.PIXELS // 1024**2 + 1
+    monkeypatch.setattr(score_request, "read_crop", lambda *_: pytest.fail("it was decoded"))
+    status, content = ask(port, "POST", "/score", *multipart([image] * count, mpp=0.25))
+    assert status == 400 and "expected at most 268,435,456; split the request" in content["error"]
+
+
+def test_json_of_many_values_is_refused_before_it_is_parsed(port) -> None:
+    status, content = ask(port, "POST", "/score", "application/json", b"[" + b"{}," * 100_000 + b"{}]")
+    assert status == 400 and "the JSON has" in content["error"]
+
+
+@pytest.mark.parametrize(
+    "headers", [{"Origin": "https://example.org"}, {"Host": "example.org:4743"}, {"Origin": "null"}]
+)
+@pytest.mark.parametrize(("method", "path"), [("POST", "/invoke"), ("POST", "/score"), ("GET", "/")])
+def test_another_sites_page_starts_nothing_on_loopback(headers, method, path, port, tasks) -> None:
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    answer = raw(port, f"{method} {path} HTTP/1.1\r\n{lines}Content-Length: 0\r\nConnection: close\r\n\r\n".encode())
+    assert b" 403 " in answer.split(b"\r\n")[0] and not tasks
+    own = f"GET / HTTP/1.0\r\nHost: localhost:{port}\r\nOrigin: http://127.0.0.1:{port}\r\n\r\n"
+    assert b" 200 " in raw(port, own.encode()).split(b"\r\n")[0]
+
+
+def test_more_requests_than_it_holds_are_told_to_come_later_and_health_answers(ensemble, monkeypatch) -> None:
+    begun, go = threading.Event(), threading.Event()
+    monkeypatch.setattr(http, "WAITING", 3)
+
+    def task() -> dict[str, Any]:
+        begun.set()
+        assert go.wait(600)
+        return {"pages": 1, "seconds": 0.0}
+
+    with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(4) as callers:
+        server = Server(("127.0.0.1", 0), pool, task, ScoreEndpoint({}, lambda request: {}))
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        calls = [callers.submit(ask, server.server_port, "POST", "/invoke") for _ in range(3)]
+        until(lambda: server.requests == 3, "all of them to be held")
+        assert ask(server.server_port, "POST", "/invoke")[0] == 503
+        assert ask(server.server_port, "GET", "/health")[0] == 200
+        go.set()
+        assert [call.result()[0] for call in calls] == [201] * 3
+        server.shutdown()
+        server.finish()
+
+
+def test_a_caller_that_does_not_read_its_answer_holds_up_nobody(ensemble) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        large = {"answers": ["x" * 1000] * 100_000}
+        server = Server(("127.0.0.1", 0), pool, dict, ScoreEndpoint({}, lambda request: large))
+        server.task = lambda: {"pages": 1, "seconds": 0.0}
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        with socket.create_connection(("127.0.0.1", server.server_port)) as connection:
+            kind, body = as_json([png(CROPS[0])], mpp=0.25)
+            head = f"POST /score HTTP/1.0\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+            connection.sendall(head.encode() + body)
+            assert connection.recv(1)
+            assert ask(server.server_port, "POST", "/invoke")[0] == 201
         server.shutdown()
         server.server_close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import re
 import subprocess
@@ -17,14 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from inference.answers import Answer
+from inference.answers import Answer, Computed
 from inference.ensemble import Ensemble
 from inference.errors import UserError
 from inference.exits import INCOMPLETE
 from inference.imageio.listing import list_crops
-from inference.progress import Progress
 from inference.scoring.run import most_worth_a_look
-from inference.scoring.table import Table
+from inference.scoring.table import AnswerTable
 from test.support import commands
 from test.support.miniature import make_ensemble
 
@@ -140,7 +138,7 @@ def test_a_file_that_is_no_result_is_left_as_it_is(weights, crops, tmp_path, con
 NAMES = ('a "quoted", \u00e4.png', "line\nline.png", "carriage\rreturn.png", "\udcff.png")
 CONTENT = "sha256:0123456789abcdef"
 ROWS = [Answer(NAMES[n % 4], n // 4, n / 8, (n / 9, n / 8), pages=2, content=CONTENT) for n in range(8)]
-COMPUTED = "cpu", "fp32"
+COMPUTED = Computed("cpu", "fp32", "0123456789ab")
 
 
 @given(st.data())
@@ -150,11 +148,11 @@ def test_a_result_cut_anywhere_is_resumed(tmp_path_factory, data) -> None:
     (folder / "ensemble.json").write_text("{}")
     manifest = load_like(folder)
     file = folder / "out.csv"
-    Table(file, manifest, COMPUTED).append(ROWS)
+    AnswerTable(file, manifest, COMPUTED).append(ROWS)
     whole = file.read_bytes()
     cut = data.draw(st.integers(0, len(whole)))
     file.write_bytes(whole[:cut])
-    table = Table(file, manifest, COMPUTED)
+    table = AnswerTable(file, manifest, COMPUTED)
     done = [table.done[path, content][page] for path, page, content in table.keys]
     assert done == ROWS[: len(done)]
     table.append(ROWS[len(done) :])
@@ -229,9 +227,9 @@ def test_what_is_there_is_not_overwritten(weights, crops, tmp_path) -> None:
 
 def test_one_run_at_a_time_writes_to_a_file(tmp_path) -> None:
     (tmp_path / "ensemble.json").write_text("{}")
-    table = Table(tmp_path / "out.csv", load_like(tmp_path), COMPUTED)
+    table = AnswerTable(tmp_path / "out.csv", load_like(tmp_path), COMPUTED)
     with pytest.raises(UserError, match="another run is writing"):
-        Table(tmp_path / "out.csv", load_like(tmp_path), COMPUTED)
+        AnswerTable(tmp_path / "out.csv", load_like(tmp_path), COMPUTED)
     assert not table.keys
 
 
@@ -339,28 +337,13 @@ def test_mistakes_are_most_worth_a_look() -> None:
     assert most_worth_a_look(rows, 0.45) == [3, 2, 1, 4, 5, 0]
 
 
-def test_progress_is_for_terminals_only() -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    terminal, log = Terminal(), io.StringIO()
-    for stream in (terminal, log):
-        progress = Progress(10, "files", stream)
-        progress.start -= 30  # half a minute ago
-        progress.show(5, 5, 600)
-        progress.clear()
-    assert "5 of 10 files" in terminal.getvalue() and "crops/s, 0:00:30 left" in terminal.getvalue()
-    assert terminal.getvalue().endswith("\r\x1b[K") and log.getvalue() == ""
-
-
 def test_the_command_itself(weights, crops) -> None:
     """Without --csv and --report the rows go to stdout, the summary to stderr; a refusal is one line and code 1."""
     command = [sys.executable, "-m", "inference", "score", "--weights", str(weights), "--device", "cpu"]
     done = subprocess.run([*command, str(crops[0] / "atypical")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0].startswith("path,page,pages,p_atypical,class,fold_0,fold_1,fold_2,spread")
-    assert done.stderr.startswith("1 crops (")
+    assert "1 crops (" in done.stderr
     refused = subprocess.run([*command, "missing.png"], capture_output=True, text=True)
     assert refused.returncode == 1 and len(refused.stderr.splitlines()) == 1
 

@@ -18,10 +18,10 @@ from random import Random
 
 import pytest
 
-from inference import serve
 from inference.checks import passed
 from inference.contract import OUTPUT
 from inference.errors import UserError
+from inference.server import ScoreEndpoint, Server
 from test.harness import engines, layout, readout, served
 from test.support.miniature import make_ensemble
 from test.support.processes import connections, until
@@ -29,6 +29,9 @@ from test.support.programs import messages
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "test/sample/stack_0.tiff"
+
+
+NO_SCORES = ScoreEndpoint({}, lambda request: {})
 
 
 def free_port() -> int:
@@ -100,13 +103,13 @@ def test_tasks_of_a_real_server_do_not_meet(ensemble: Path, tmp_path: Path) -> N
 
 
 @pytest.fixture
-def server() -> Iterator[Callable[..., serve.Server]]:
+def server() -> Iterator[Callable[..., Server]]:
     """A server in this process whose task is a function."""
     with ThreadPoolExecutor(1) as pool:
         made = []
 
-        def make(task: Callable[[], dict[str, object]]) -> serve.Server:
-            made.append(serve.Server(("127.0.0.1", 0), pool, task))
+        def make(task: Callable[[], dict[str, object]]) -> Server:
+            made.append(Server(("127.0.0.1", 0), pool, task, NO_SCORES))
             threading.Thread(target=made[-1].serve_forever, args=(0.01,)).start()
             return made[-1]
 
@@ -116,7 +119,7 @@ def server() -> Iterator[Callable[..., serve.Server]]:
             one.server_close()
 
 
-def test_tasks_run_one_at_a_time_and_health_answers_meanwhile(server: Callable[..., serve.Server]) -> None:
+def test_tasks_run_one_at_a_time_and_health_answers_meanwhile(server: Callable[..., Server]) -> None:
     running, most = [0], [0]
     begun, go = threading.Event(), threading.Event()
 
@@ -138,7 +141,7 @@ def test_tasks_run_one_at_a_time_and_health_answers_meanwhile(server: Callable[.
     assert most == [1]
 
 
-def test_the_task_that_runs_is_finished_before_the_end(server: Callable[..., serve.Server]) -> None:
+def test_the_task_that_runs_is_finished_before_the_end(server: Callable[..., Server]) -> None:
     begun, go = threading.Event(), threading.Event()
 
     def task() -> dict[str, object]:
@@ -168,7 +171,7 @@ def test_the_task_that_runs_is_finished_before_the_end(server: Callable[..., ser
     ],
 )
 def test_a_failing_task_is_one_line(
-    server: Callable[..., serve.Server], error: Exception, line: str, capfd: pytest.CaptureFixture[str]
+    server: Callable[..., Server], error: Exception, line: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     failures = [error]
 
@@ -193,7 +196,7 @@ def test_a_taken_port_and_missing_weights_are_one_line(ensemble: Path, tmp_path:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(UserError, match="expected a free port"):
-            serve.Server(("127.0.0.1", taken.getsockname()[1]), ThreadPoolExecutor(1), dict)
+            Server(("127.0.0.1", taken.getsockname()[1]), ThreadPoolExecutor(1), dict, NO_SCORES)
     done = start(tmp_path, tmp_path, free_port())
     err = done.communicate(timeout=600)[1]
     assert done.returncode == 1
@@ -219,24 +222,25 @@ def test_the_harness_runs_several_tasks_through_one_server(ensemble: Path, tmp_p
     [
         ("raise SystemExit('no GPU')", "ended with exit code 1 before it was healthy"),
         ("import time; time.sleep(60)", "didn't pass the health check within 2 seconds"),
+        ("import time; time.sleep(61)", "Time limit exceeded"),  # of the task, which the server's start counts against
         ("REDIRECT", "/health redirects"),
         ("HANG", "Time limit exceeded"),
         ("CLOSE", "HTTP error calling invoke endpoint"),
     ],
 )
 def test_the_harness_catches_broken_servers(program: str, message: str, tmp_path: Path) -> None:
-    hangs = program == "HANG"
+    short = program == "HANG" or "61" in program
     if program.isupper():
         health = "302" if program == "REDIRECT" else "200"
         program = f"""
 import http.server, time
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self): self.send_response({health}); self.end_headers()
-    def do_POST(self): {"time.sleep(3600)" if hangs else "self.connection.close()"}
+    def do_POST(self): {"time.sleep(3600)" if short else "self.connection.close()"}
     def log_message(self, *_): pass
 http.server.ThreadingHTTPServer(("", 4743), Handler).serve_forever()
 """
     pk = layout.write_input(SAMPLE, tmp_path / "0/input", "2026", Random(0))
-    limits = engines.Limits(seconds=1 if hangs else 300, start_seconds=2 if program.startswith("import time") else 300)
+    limits = engines.Limits(seconds=1 if short else 300, start_seconds=2 if program.startswith("import time") else 300)
     [run] = served.run_native(tmp_path, [pk], None, limits, [sys.executable, "-c", program])
     assert message in messages(readout.judge(run, 16)[1])

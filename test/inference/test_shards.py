@@ -13,12 +13,56 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from inference.cluster.records import read_shard
 from inference.cluster.shards import UNREADABLE, plan, resolve, source_of
 from inference.errors import UserError
-from test.support import commands
+from inference.imageio.listing import list_crops
+from inference.imageio.stack import read_stack
 from test.support.shard_files import CROPS, arguments, run, write_folder, write_parquet, write_tar
+
+NAMES = ["a.png", "_c.png", ".d.png", "_x/e.png", ".y/f.png", "z/g.PNG", "_meta.parquet", "_x/h.tar"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(names=st.sets(st.sampled_from(NAMES), min_size=1))
+def test_a_cluster_scores_the_same_crops_of_a_folder(names, tmp_path_factory) -> None:
+    folder = tmp_path_factory.mktemp("crops")
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    paths = {}
+    for kind, listed in (
+        ("local", lambda: [item.path for item in list_crops([folder])]),
+        ("cluster", lambda: [item[0] for shard in plan([str(folder)], 10, None)[0] for item in shard.items or ()]),
+    ):
+        try:
+            paths[kind] = sorted(listed())
+        except UserError as error:
+            assert str(error).startswith(f"no crops in {folder}")
+            paths[kind] = []
+    assert paths["local"] == paths["cluster"]
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch) -> None:
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "a.png").touch()
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:  # the tests may run as root, who may read every folder
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    locked = str(tmp_path / "locked")
+    assert [item.path for item in list_crops([tmp_path])] == [str(tmp_path / "a.png"), locked]
+    with pytest.raises(UserError, match=r"locked cannot be read \(Permission denied\)"):
+        read_stack(Path(locked))
+    shards, failed = plan([str(tmp_path)], 10, None)
+    assert len(shards) == 1 and (locked, "it cannot be listed (Permission denied)") in failed.values()
 
 
 def test_a_tar_that_was_cut_is_never_taken_for_a_shorter_one(blobs, tmp_path) -> None:
@@ -150,10 +194,6 @@ def test_shards_keep_their_names_and_miss_no_row(blobs, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--csv", "a.csv"], "--csv with --ray"),
-        (["--report", "a.html"], "--report with --ray"),
-        (["--attribution"], "--attribution with --ray"),
-        (["--shard", "0"], "expected 1 or more"),
         (["--image", "other"], "columns with bytes: image; expected other"),
         (["missing"], "missing does not exist"),
         (["ftp://somewhere/x"], "expected a path or a URI"),
@@ -165,19 +205,18 @@ def test_what_makes_no_sense_is_refused_before_ray_starts(miniature, blobs, tmp_
         run("nowhere:1", miniature, tmp_path / "out", file, *more)
 
 
-def test_options_of_a_cluster_need_one(miniature, tmp_path) -> None:
-    for more in (["--output", "x"], ["--workers", "2"], ["--shard", "5"], ["--image", "x"]):
-        with pytest.raises(UserError, match=f"{more[0]} without --ray"):
-            commands.inference(*["score", str(tmp_path), "--weights", str(miniature), *more])
-    with pytest.raises(UserError, match="--ray without --output"):
-        commands.inference(*["score", str(tmp_path), "--weights", str(miniature), "--ray", "local"])
+def test_a_count_is_1_or_more(miniature, tmp_path, capsys) -> None:
+    for more in (["--workers", "0"], ["--shard", "-1"], ["--shard", "many"]):
+        with pytest.raises(SystemExit):
+            run("nowhere:1", miniature, tmp_path / "out", tmp_path, *more)
+        assert f"{more[0]}: {more[1]}; expected a whole number, 1 or more" in capsys.readouterr().err
 
 
 def test_without_ray_one_line_says_what_to_install(miniature, tmp_path) -> None:
     program = (
         "import sys; sys.modules['ray'] = None; from inference import __main__ as m; sys.exit(m.main(sys.argv[1:]))"
     )
-    command = ["score", "--ray", "local", *arguments(miniature, tmp_path / "out", tmp_path)]
+    command = ["cluster", *arguments(miniature, tmp_path / "out", tmp_path)]
     done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert "ray is not installed" in done.stderr and "requirements/ray.txt" in done.stderr

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import csv
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from inference.errors import UserError
+from inference.example.figures import draw
+from inference.slides.detections.pairing import slides_called
 from inference.slides.pyramid import open_slide
 from inference.slides.reader import Slide
 from test.support import detection_files as files
 from test.support import slide_formats as formats
 from test.support.commands import inference
-from test.support.figures import draw
 from test.support.pyramids import FIGURES
 
 WRITERS = {
@@ -72,3 +75,51 @@ def test_forty_thousand_pixels_a_side(miniature, tmp_path: Path) -> None:
     assert [(int(row["x"]), int(row["y"])) for row in rows] == places
     by_picture = [{row["class"] for row in rows[n::3]} for n in range(3)]
     assert all(len(classes) == 1 for classes in by_picture)  # the same picture, the same answer, wherever it lies
+
+
+def test_a_dicom_slide_is_also_its_folder(drawn, miniature, tmp_path) -> None:
+    """Named with --slide, or found by its folder's name; with an annotation's file beside the slide's."""
+    formats.dicom(tmp_path / "case-7/2.dcm", drawn)
+    (tmp_path / "case-7/1.dcm").write_bytes(bytes(128) + b"DICM" + bytes(300))
+    (tmp_path / "case-7/readme.txt").write_text("no slide")
+    detections = files.qupath(tmp_path / "case-7.geojson", list(FIGURES))
+    tables = []
+    for named in (["--slide", tmp_path / "case-7"], ["--slides", tmp_path], ["--slide", tmp_path / "case-7/2.dcm"]):
+        table = tmp_path / f"{len(tables)}.csv"
+        assert inference("slides", detections, *named, "--weights", miniature, "--csv", table) == 0
+        with table.open(newline="") as stream:
+            tables.append([{**row, "slide": ""} for row in csv.DictReader(stream)])
+    assert tables[0] == tables[1] == tables[2] and len(tables[0]) == len(FIGURES)
+    crops = tmp_path / "crops"
+    (tmp_path / "table.csv").write_text("slide,x,y\n" + "".join(f"case-7,{x},{y}\n" for x, y in FIGURES))
+    assert inference("crops", tmp_path / "table.csv", "--output", crops, "--origin", "slide") == 0
+    assert len(list(crops.rglob("*.png"))) == len(FIGURES)
+
+
+def test_a_folder_without_one_dicom_slide_says_so(drawn, tmp_path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"is a folder without a DICOM slide .*; expected a slide; name its file"):
+        Slide(tmp_path / "empty", 0.25, None)
+    for n in range(2):
+        formats.dicom(tmp_path / f"two/{n}.dcm", drawn)
+    with pytest.raises(UserError, match="is a folder with 2 DICOM slides; expected one; name one of its files"):
+        Slide(tmp_path / "two", 0.25, None)
+
+
+def test_a_flat_image_of_many_pixels_leaves_stderr_empty(tmp_path) -> None:
+    """90 megapixels are enough for Pillow's warning of a decompression bomb, which Python would print with its line."""
+    from PIL import Image
+
+    Image.new("L", (10_000, 9_000), 128).save(tmp_path / "a.png")
+    program = (
+        "import sys; from inference.slides.reader import Slide; print(Slide(__import__('pathlib').Path(sys.argv[1])"
+    )
+    command = [sys.executable, "-c", program + ", 0.25, 0.25).size)", str(tmp_path / "a.png")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("(10000, 9000)\n", "")
+
+
+@pytest.mark.parametrize("name", ["case-7.geojson", "case-7.ome.geojson", "case-7.ome.tif.geojson"])
+def test_detections_beside_an_ome_tiff_find_it(name, tmp_path) -> None:
+    (tmp_path / "case-7.ome.tif").touch()
+    assert slides_called(tmp_path, name) == [tmp_path / "case-7.ome.tif"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
@@ -12,7 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from inference.cluster import pool
+from inference.errors import UserError
+from inference.slides import actors
 from test.support import detection_files as files
+from test.support.processes import without_progress
 from test.support.pyramids import write_slide
 from test.support.ray_cluster import cluster
 
@@ -21,25 +26,25 @@ RESULTS = ["objects.csv", "slides.csv", "out/one.tif.geojson", "out/two.tif.geoj
 
 DYING = """
 import os, sys
-from inference.slides import cluster, journal
+from inference.slides import actors, journal
 from test.support import commands
 
 victim, *arguments = sys.argv[1:]
 add = journal.Journal.add
 
-class Worker(cluster.Worker):  # workers get it by value, with this program's text
-    def score(self, part):
+class PartScorer(actors.PartScorer):  # workers get it by value, with this program's text
+    def work(self, part):
         if victim == "worker" and part.numbers[0] >= 512 and not os.path.exists(DIED):
             open(DIED, "x").close()
             os.kill(os.getpid(), 9)
-        return super().score(part)
+        return super().work(part)
 
 def add_and_die(self, answers):
     add(self, answers)
     if victim == "driver" and self.file.read_bytes().count(b"\\n") == 2:
         os.kill(os.getpid(), 9)
 
-cluster.Worker, journal.Journal.add = Worker, add_and_die
+actors.PartScorer, journal.Journal.add = PartScorer, add_and_die
 sys.exit(commands.inference("slides", *arguments))
 """
 
@@ -85,11 +90,22 @@ def test_a_killed_driver_and_a_killed_worker_change_no_byte(address, miniature, 
     assert killed.returncode == -9 and not (shared / "objects.csv").exists()
     resumed = run(shared, [*program, "worker"], miniature, *options)
     assert resumed.returncode == 3 and "256 of them known already" in resumed.stdout and died.exists(), resumed
-    assert sorted(resumed.stderr.splitlines()) == sorted(expected.stderr.splitlines())
+    assert sorted(without_progress(resumed.stderr)) == sorted(without_progress(expected.stderr))
     for name in RESULTS:
         assert (shared / name).read_bytes() == (alone / name).read_bytes(), name
     assert page(shared) == page(alone)
     assert not list(shared.glob(".*"))
+
+
+def test_joining_a_cluster_is_told(eager, monkeypatch, capfd) -> None:
+    def refuse(address: str) -> None:
+        raise UserError(f"no Ray cluster answers at {address}")
+
+    monkeypatch.setattr(pool, "connect", refuse)
+    scorer = actors.on_a_cluster(argparse.Namespace(ray="there"), None)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="answers at there"), scorer:
+        pass
+    assert capfd.readouterr().err == "joining the cluster: 0:00:00 so far\n"
 
 
 def test_a_slide_that_workers_do_not_see_is_named_with_what_to_do(address, miniature, tmp_path) -> None:
@@ -98,7 +114,7 @@ def test_a_slide_that_workers_do_not_see_is_named_with_what_to_do(address, minia
     there = ["--slide", "/proc/self/cwd/s.tif", "--ray", address]  # another file in each process
     done = run(tmp_path, ["-m", "inference", "slides"], miniature, detections, *there)
     assert (done.returncode, done.stdout) == (1, "")
-    lost, last = done.stderr.splitlines()
+    lost, last = without_progress(done.stderr)
     assert re.fullmatch(r"not scored: \S+/s\.tif \(2 detections\): \S+ does not read it \(.*No such file.*", lost)
     assert lost.endswith("expected slides on a file system that all nodes share; move them there")
     assert "none of 2 detections could be scored" in last

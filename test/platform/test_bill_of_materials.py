@@ -14,8 +14,8 @@ from cyclonedx.validation.json import JsonStrictValidator
 
 from inference.checks import docker
 from inference.errors import UserError
+from release.bom import PRUNED, locked, main, make_bom
 from test.harness.engines import inspect
-from training.bom import PRUNED, locked, main, make_bom
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = os.environ.get("IMAGE", "midog-lora")
@@ -49,12 +49,12 @@ def test_it_is_valid_and_says_the_same_each_time() -> None:
 def test_an_image_of_other_packages_is_refused(edit: Any) -> None:
     found = inventory()
     edit(found["python"])
-    with pytest.raises(UserError, match=r"requirements\.txt pins"):
+    with pytest.raises(UserError, match=r"job\.txt pins"):
         make_bom("midog-lora", "x", found)
 
 
 @pytest.mark.docker
-@pytest.mark.skipif(docker() is None, reason="no Docker engine answers (test/engine.sh start)")
+@pytest.mark.skipif(docker() is None, reason="no Docker engine answers (release/engine.sh start)")
 @pytest.mark.skipif(inspect(IMAGE) is None, reason=f"no image {IMAGE} (./build.sh)")
 def test_of_the_real_image(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([IMAGE, "--docker", str(docker())]) == 0

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from inference.checks import passed
-from test.harness.preflight import check_file
-from test.harness.shim import SetupError, unpack
+from release.preflight import check_file
+from release.unpack import SetupError, unpack
 from test.support.programs import make_stack
 from test.support.stub import make_input, run_job
 

@@ -17,11 +17,11 @@ import pytest
 
 from inference.errors import UserError
 from inference.manifest import load_manifest
+from release.bom import PRUNED, locked
+from release.compress import BLOCK, compress
+from release.tarball import main, write_model_tarball
 from test.platform.test_preflight import CONFIG as IMAGE_CONFIG
 from test.platform.test_preflight import FILES, saved, tar_of
-from training.bom import PRUNED, locked
-from training.compress import BLOCK, compress
-from training.tarball import main, write_model_tarball
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE, CONFIG, ADAPTER = "some-base.safetensors", "adapter_config.json", "adapter_model.safetensors"
@@ -229,19 +229,40 @@ def test_build_asks_docker_for_what_the_platform_accepts(docker: Path, tmp_path:
     with tarfile.open(tmp_path / "context.tar") as archive:
         members = archive.getmembers()
     names = [member.name for member in members]
-    assert {"Dockerfile", "requirements.txt", "requirements/bases.txt", "inference/job.py"} <= set(names)
+    assert {"Dockerfile", "requirements/job.txt", "requirements/bases.txt", "inference/job.py"} <= set(names)
     assert not [name for name in names if "__pycache__" in name or "/." in name or name.startswith(("test", "."))]
     assert {(member.mtime, member.uid, member.gid) for member in members} == {(1735689600, 0, 0)}
+    assert not any(member.islnk() or member.issym() for member in members)  # the phase's file comes twice
     assert run("build.sh", "--no-stamp", **arguments).returncode == 0
-    assert "midog-lora.built" not in (tmp_path / "calls").read_text().splitlines()[-3]
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert "midog-lora.built" not in [line for line in calls if line.startswith("build --platform")][-1]
+
+
+def test_what_a_build_replaced_is_removed_and_its_cache_is_not(docker: Path, tmp_path: Path) -> None:
+    said = "echo ' ---> aaaaaaaaaaaa'; echo 'Step 2/2 : FROM job'; echo ' ---> bbbbbbbbbbbb'"
+    text = docker.read_text().replace('"build --platform"*)', f'"build --platform"*) {said};')
+    docker.write_text(text.replace("save*)", '"image ls"*) echo aaaaaaaaaaaa; echo cccccccccccc ;;\n    save*)'))
+    assert run("build.sh", DOCKER=str(docker)).returncode == 0
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert [line for line in calls if line.startswith("image rm")] == ["image rm cccccccccccc"]
+
+
+def test_a_base_image_that_cannot_be_had_is_named(docker: Path) -> None:
+    text = docker.read_text().replace('"build --platform"*)', '"build --platform"*) exit 1 ;;\n    unused)')
+    docker.write_text(text.replace("case", 'case "$*" in "image inspect debian:12") exit 1 ;; esac\ncase', 1))
+    done = run("build.sh", DOCKER=str(docker), BASE_IMAGE="debian:12")
+    assert done.returncode == 1
+    assert "the base image debian:12 is not here" in done.stderr
+    assert "BASE_IMAGE=, or use --engine native" in done.stderr
 
 
 def test_a_base_that_was_copied_in_part_is_removed(ensemble: Path, docker: Path, tmp_path: Path) -> None:
     """In a checkout of its own, which has no bases yet."""
     checkout = tmp_path / "checkout"
-    for folder in ("requirements", "inference", "training", "weights/bases", "test"):
+    for folder in ("requirements", "inference", "training", "release", "weights/bases", "test"):
         (checkout / folder).mkdir(parents=True)
-    for name in ("build.sh", "Dockerfile", "requirements.txt", "requirements/bases.txt", "test/engine.sh"):
+    copied = ("build.sh", "Dockerfile", "requirements/job.txt", "requirements/bases.txt", "release/engine.sh")
+    for name in (*copied, "inference/phase.json"):
         shutil.copy(ROOT / name, checkout / name)
     shutil.copytree(ensemble, checkout / "weights/mine")
     (checkout / "weights/mine" / BASE).unlink()
@@ -278,3 +299,38 @@ def test_build_says_when_no_engine_answers() -> None:
     done = run("build.sh", "--engine", "docker", DOCKER="/bin/false")
     assert done.returncode == 1
     assert "no Docker engine answers" in done.stderr
+
+
+def test_native_build_installs_again_when_an_earlier_lock_comes_back(tmp_path: Path) -> None:
+    """The stamp names what .venv holds now, not what it has ever held; a failed installation leaves no stamp."""
+    checkout = tmp_path / "checkout"
+    for name in ("build.sh", "release/engine.sh"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, checkout / name)
+    for name in ("weights/mine/ensemble.json", "requirements/job.txt", "requirements/dev.txt", "requirements/ray.txt"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text("{}" if name.endswith("json") else name)
+    (checkout / "requirements/slides.txt").write_text("slides")
+    calls, python = tmp_path / "calls", checkout / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\ncase "$*" in *install*) echo "$*" >>{calls}; ! [ -e {tmp_path}/broken ] ;; esac\n')
+    python.chmod(0o755)
+
+    def installed(lock: str, requirements: str = "requirements.txt") -> bool:
+        calls.unlink(missing_ok=True)
+        (checkout / "requirements.txt").write_text(lock)
+        options = ("--engine", "native", "--ensemble", "weights/mine", "--requirements", requirements)
+        done = run(str(checkout / "build.sh"), *options, PATH="/usr/bin:/bin", DOCKER="/bin/false")
+        assert (done.returncode == 0) != (tmp_path / "broken").exists(), done.stderr
+        return calls.exists()
+
+    assert installed("torch==1") and not installed("torch==1")
+    assert installed("torch==2")
+    assert installed("torch==1"), "the lock before last came back"
+    assert not installed("torch==1", "requirements/job.txt"), "every lock contains the job's"
+    assert installed("torch==1", "requirements/dev.txt") and not installed("torch==1")
+    assert installed("torch==2")
+    (tmp_path / "broken").touch()
+    assert installed("torch==1")
+    (tmp_path / "broken").unlink()
+    assert installed("torch==2"), "an installation that failed has changed what was there"

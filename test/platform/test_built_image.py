@@ -15,7 +15,7 @@ IMAGE = os.environ.get("IMAGE", "midog-lora")
 
 pytestmark = [
     pytest.mark.docker,
-    pytest.mark.skipif(docker() is None, reason="no Docker engine answers (test/engine.sh start)"),
+    pytest.mark.skipif(docker() is None, reason="no Docker engine answers (release/engine.sh start)"),
     pytest.mark.skipif(inspect(IMAGE) is None, reason=f"no image {IMAGE} (./build.sh)"),
 ]
 

@@ -13,9 +13,9 @@ from random import Random
 import pytest
 
 from inference.checks import Check, passed
+from release.preflight import check_file
 from test.harness import __main__ as command_line
 from test.harness import engines, images, layout, readout
-from test.harness.preflight import check_file
 from test.support.programs import make_stack, messages
 
 BASE = os.environ.get("BASE_IMAGE", "python:3.11-slim-bookworm")
@@ -29,7 +29,7 @@ USER = "RUN useradd --create-home user\nUSER user\n"
 
 pytestmark = [
     pytest.mark.docker,
-    pytest.mark.skipif(engines.docker() is None, reason="no Docker engine answers (test/engine.sh start)"),
+    pytest.mark.skipif(engines.docker() is None, reason="no Docker engine answers (release/engine.sh start)"),
 ]
 
 
@@ -41,7 +41,7 @@ def docker(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 def build(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
     """Builds an image from lines of a Dockerfile and a script; all of them are removed at the end."""
     if engines.inspect(BASE) is None and docker("pull", BASE).returncode:
-        pytest.skip(f"the base image {BASE} cannot be had (test/engine.sh start)")
+        pytest.skip(f"the base image {BASE} cannot be had (release/engine.sh start)")
     tags: list[str] = []
 
     def build_image(script: str = WRITE, lines: str = USER, start: str = 'ENTRYPOINT ["python3", "/run.py"]') -> str:
@@ -213,7 +213,7 @@ def test_a_rebuild_keeps_the_ensemble_of_the_image(
 
 def test_an_image_is_judged_alike_from_the_engine_and_from_a_file(tmp_path: Path) -> None:
     if engines.inspect(BASE) is None:
-        pytest.skip(f"no image {BASE} (test/engine.sh start)")
+        pytest.skip(f"no image {BASE} (release/engine.sh start)")
     assert docker("save", "--output", tmp_path / "base.tar", BASE).returncode == 0
     saved = [finding for finding in check_file(tmp_path / "base.tar") if "GB" not in finding.message]
     assert images.check(BASE) == saved[2:]  # after the number of members, and the digest

@@ -66,7 +66,7 @@ def test_natively(clone: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.docker
-@pytest.mark.skipif(docker() is None, reason="no Docker engine answers (test/engine.sh start)")
+@pytest.mark.skipif(docker() is None, reason="no Docker engine answers (release/engine.sh start)")
 @pytest.mark.skipif(inspect(IMAGE) is None, reason=f"no image {IMAGE} (./build.sh)")
 def test_with_docker(clone: Path, tmp_path: Path) -> None:
     """The image is there, as after a build; the report's environment is not."""

@@ -117,7 +117,8 @@ def test_a_command_that_cannot_start(tmp_path: Path) -> None:
 
 def test_shim_refuses_to_empty_this_machine(tmp_path: Path) -> None:
     (tmp_path / "job.json").write_text(json.dumps({"tmp": "/tmp"}))
-    ended = subprocess.run([sys.executable, engines.SHIM, tmp_path / "job.json"], capture_output=True, text=True)
+    program = engines.place_programs(tmp_path) / engines.SHIM
+    ended = subprocess.run([sys.executable, program, tmp_path / "job.json"], capture_output=True, text=True)
     assert ended.returncode == 1
     assert "outside a container" in ended.stderr
 
@@ -168,7 +169,7 @@ def test_command_line_on_the_sample(tmp_path: Path, capsys: pytest.CaptureFixtur
     options = ["--engine", "native", "--no-build", "--output", str(tmp_path / "out"), "--truth", truth]
     assert command_line.main(options) == 0
     table = capsys.readouterr().out
-    assert "    15  atypical       0.9375   0.010    0.031" in table
+    assert f"    15  atypical       0.9375   0.010  {'#' * 19}\n" in table
     assert "load 1.00, predict 0.50" in table
     assert "roc_auc" in table
     assert len(json.loads((tmp_path / "out" / ANSWER).read_text())) == 16
@@ -188,6 +189,7 @@ def test_command_line_on_a_folder_fails_as_a_whole(tmp_path: Path, capsys: pytes
     assert "not scored: the algorithm failed on 1 of 2 stacks, first stack_1.tiff" in output
     assert (tmp_path / "out/stack_0" / ANSWER).exists()
     assert "1 of 2 stacks passed" in output
+    assert "evaluation of all 2 stacks: the answers of 1 stack(s) count for nothing, 0 were not run" in output
 
 
 def test_command_line_refuses_missing_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

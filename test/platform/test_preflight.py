@@ -14,13 +14,17 @@ from typing import Any
 import pytest
 
 from inference.checks import Check, passed
-from test.harness.preflight import check_file, check_name_and_size, main
+from release.preflight import check_file, check_name_and_size, main
+from test.support.programs import make_stack
 
 PASSWD = "root:x:0:0:root:/root:/bin/bash\nuser:x:1000:1000::/home/user:/bin/bash\ntoor:x:0:0::/root:/bin/sh\n"
 FILES: dict[str, bytes | None] = {  # None is a folder
     "etc": None,
     "etc/passwd": PASSWD.encode(),
     "usr/bin/bash": b"#!",
+    "usr/bin/sh": b"#!",
+    "usr/bin/rm": b"#!",
+    "usr/bin/chmod": b"#!",
     "usr/bin/python": b"#!",
     "home/user": None,
     "opt/app/inference.py": b"pass",
@@ -212,6 +216,18 @@ def test_model_tarballs(tmp_path: Path) -> None:
     nested = {f"default/{name}": data for name, data in weights.items()}
     assert "expected at the top" in failures(check_file(write("nested.tar.gz", nested)))
     assert "could not be extracted" in failures(check_file(write("link.tar.gz", weights, {"base": "/etc/passwd"})))
+
+
+@pytest.mark.parametrize("name", ["sh", "rm", "chmod"])
+def test_what_the_platform_runs_between_tasks_has_to_be_there(check: Callable[..., list[Check]], name: str) -> None:
+    assert f"no /bin/{name}" in failures(check(second={f"usr/bin/.wh.{name}": b""}))
+
+
+def test_stacks_are_judged_as_a_job_reads_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stack = make_stack(tmp_path / "stack.tiff")
+    assert main([str(stack)]) == 0 and "3 pages, the first 8 x 8" in capsys.readouterr().out
+    stack.write_bytes(stack.read_bytes()[:200])
+    assert main([str(stack)]) == 1 and "a job refuses this stack: " in capsys.readouterr().out
 
 
 def test_command_line(check: Callable[..., list[Check]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,13 +19,13 @@ from test.harness.engines import inspect
 
 ROOT = Path(__file__).resolve().parents[2]
 FIRST, AGAIN, BELOW = (f"midog-lora-repeat-{os.getpid()}-{name}" for name in ("first", "again", "below"))
-FILES = ("build.sh", "requirements.txt", "requirements", "inference", "training", "weights", "test/engine.sh")
+FILES = ("build.sh", "requirements", "inference", "training", "release", "weights")
 STAGE = re.compile(r"FROM \$\{BASE_IMAGE\} AS dependencies\n.*?(?=# ---- )", re.DOTALL)
 
 pytestmark = [
     pytest.mark.docker,
     pytest.mark.slow,
-    pytest.mark.skipif(docker() is None, reason="no Docker engine answers (test/engine.sh start)"),
+    pytest.mark.skipif(docker() is None, reason="no Docker engine answers (release/engine.sh start)"),
 ]
 
 
@@ -74,3 +74,9 @@ def test_the_stamp_makes_every_build_new(images: list[dict]) -> None:
     stamps = [image["Config"]["Labels"]["midog-lora.built"] for image in images]
     assert stamps[0] != stamps[1]
     assert images[0]["Id"] != images[1]["Id"]
+
+
+def test_the_next_build_removes_what_it_replaced(images: list[dict]) -> None:
+    build(ROOT, FIRST)
+    assert inspect(FIRST) is not None
+    assert inspect(images[0]["Id"]) is None

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from inference.checks import passed
-from test.harness import shim
-from test.harness.preflight import check_file
+from release.preflight import check_file
+from test.harness import engines
 from test.platform.test_preflight import CONFIG, FILES, saved, tar_of
+
+sys.path += [str(program.parent) for program in engines.PROGRAMS]  # a run has copies of them side by side
+import shim
 
 SETTINGS = {
     "User": (
@@ -86,7 +90,7 @@ def lay_out(layers: list[bytes], root: Path) -> None:
 
 
 def starts(root: Path, given: dict[str, Any]) -> bool:
-    """Whether the shim finds the user, who is not root, and an executable file for the command."""
+    """Whether the shim finds the user, who is not root, an executable file for the command, and what cleans up."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -99,7 +103,8 @@ def starts(root: Path, given: dict[str, Any]) -> bool:
             os.setuid(uid or 0)
             command = (given.get("Entrypoint") or []) + (given.get("Cmd") or [])
             path = dict(line.split("=", 1) for line in given["Env"]).get("PATH", "/usr/bin:/bin")
-            code = 0 if uid and shutil.which(command[0], path=path) else 1
+            tools = all(Path("/bin", name).exists() for name in ("sh", "rm", "chmod"))
+            code = 0 if uid and tools and shutil.which(command[0], path=path) else 1
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -13,12 +13,13 @@ from random import Random
 import pytest
 from PIL import Image
 
+from release.tarball import write_model_tarball
 from test.harness import __main__ as command_line
-from test.harness import engines, layout, readout, s3, sagemaker, served
+from test.harness import engines, layout, readout, report, s3, sagemaker, served
 from test.platform.test_containers import USER, WRITE, build  # noqa: F401  (build is a fixture)
+from test.platform.test_whole_run import server_image  # noqa: F401  (a fixture)
 from test.support.miniature import make_members
 from test.support.programs import make_stack, messages
-from training.tarball import write_model_tarball
 
 ROOT = engines.ROOT
 IMAGE = os.environ.get("IMAGE", "midog-lora")
@@ -56,7 +57,7 @@ print(json.dumps({"uid": os.getuid(), "gid": os.getgid(), "groups": os.getgroups
 pytestmark = [
     pytest.mark.docker,
     pytest.mark.shim,
-    pytest.mark.skipif(engines.docker() is None, reason="no Docker engine answers (test/engine.sh start)"),
+    pytest.mark.skipif(engines.docker() is None, reason="no Docker engine answers (release/engine.sh start)"),
 ]
 
 
@@ -144,8 +145,8 @@ def test_jobs_end_alike(
     seconds = 3 if "sleep" in script else 60
     [[(light, said)], [(real, real_said)]] = both(build(script, lines), seconds=seconds)
     assert message in said
-    # the light one adds the name or the path that is wrong
-    plain = lambda text: re.sub(r" \(.*\)$|: \[Errno.*$|\d+ s$", "", text)  # noqa: E731
+    # the light one adds the name or the path that is wrong, and how a job was stopped
+    plain = lambda text: re.sub(r" \(.*\)$|: \[Errno.*$| after \d+ s: .*$", "", text)  # noqa: E731
     assert plain(said) == plain(real_said)
     assert light.timed_out == real.timed_out
     assert light.timed_out or light.code == real.code
@@ -173,6 +174,24 @@ def test_what_crashes_the_shim_fails_in_the_light_one(
     assert message in said
     assert "An unexpected error occurred" in real_said
     assert outputs(real) == {} or real.code is None
+
+
+def test_only_the_light_one_has_no_network(build: Callable[..., str], both: Both, bucket: s3.Bucket) -> None:  # noqa: F811
+    """The published shim needs the host's network, because its S3 is there; so a job reaches it too."""
+    port = bucket.url.rpartition(":")[2]
+    [[(_, said)], [(_, real_said)]] = both(
+        build(WRITE + f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 1)")
+    )
+    assert "refused" in said
+    assert real_said == ""
+
+
+def test_a_child_that_stays_is_named(build: Callable[..., str], both: Both) -> None:  # noqa: F811
+    """The platform waits for it as long as it may, and then knows no more than that the time is over."""
+    image = build(WRITE + "import subprocess\nsubprocess.Popen(['sleep', '1000'])")
+    [[(_, said)], [(_, real_said)]] = both(image, seconds=20)
+    assert "a child process kept stdout or stderr open" in said
+    assert "Time limit exceeded" in real_said
 
 
 def test_long_lines_are_dropped_with_a_warning(build: Callable[..., str], both: Both) -> None:  # noqa: F811
@@ -223,6 +242,58 @@ def test_a_server_runs_tasks_alike(build: Callable[..., str], both: Both) -> Non
     assert "not run" in real[3][1]
 
 
+COUNTED = """
+import pathlib, sys
+count = pathlib.Path("/tmp/count")  # /tmp is not emptied between the tasks of a container
+number = int(count.read_text()) if count.exists() else 0
+count.write_text(str(number + 1))
+if number == BAD: sys.exit("the bad one")
+"""
+
+
+@pytest.mark.parametrize(("api", "bad"), [("exec", 0), ("exec", 1), ("exec", 3), ("invoke", 0), ("invoke", 3)])
+def test_one_of_four_tasks_in_one_container_fails(
+    build: Callable[..., str],  # noqa: F811
+    bucket: s3.Bucket,
+    tmp_path: Path,
+    api: str,
+    bad: int,
+) -> None:
+    """Those before it have left their answers, which are worth nothing; those after it were not run."""
+    script = COUNTED.replace("BAD", str(bad)) + WRITE
+    if api == "invoke":
+        script = SERVER.replace("count < 3", f"count != {bad + 1}").replace("count == 3", f"count == {bad + 1}")
+        script = script.replace("the third fails", "the bad one")
+    stack = make_stack(tmp_path / "stack_3.tiff")
+    pks = [layout.write_input(stack, tmp_path / f"{k}/input", "2026", Random(k)) for k in range(4)]
+    image = build(script, f"LABEL org.grand-challenge.api-method={api}\n{USER}")
+    runs = sagemaker.run(image, tmp_path, pks, None, engines.Limits(seconds=60), bucket, api)
+    assert [run.skipped for run in runs] == [k > bad for k in range(4)]
+    assert [outputs(run) != {} for run in runs] == [k < bad for k in range(4)]
+    assert runs[bad].code == 1 and readout.last_line(runs[bad]) == "the bad one"
+    results = []
+    for run in runs:
+        answers, findings = readout.judge(run, 3)
+        results.append(report.Result(stack, 3, run, answers, findings))
+    [finding] = report.judge_others(results)
+    assert f"the answers of {bad} stack(s) count for nothing, {3 - bad} were not run" in finding.message
+
+
+def test_a_silent_failure_shows_an_older_line(build: Callable[..., str], both: Both) -> None:  # noqa: F811
+    """The platform shows the last line of the server's stderr, whichever task it was written for."""
+    script = SERVER.replace("count == 3", "count == 1").replace("the third fails", "old")
+    _, real = both(build(script, "LABEL org.grand-challenge.api-method=invoke\n" + USER), tasks=3)
+    assert real[2][1] == "The job ended with exit code 1: old"
+
+
+def test_a_servers_start_counts(build: Callable[..., str], both: Both) -> None:  # noqa: F811
+    """Two seconds for the task; before the server listens they are over."""
+    script = "import time; time.sleep(3)\n" + SERVER
+    for [(run, said)] in both(build(script, "LABEL org.grand-challenge.api-method=invoke\n" + USER), seconds=2):
+        assert run.timed_out
+        assert "Time limit exceeded" in said
+
+
 def test_a_server_that_is_never_healthy(build: Callable[..., str], both: Both) -> None:  # noqa: F811
     image = build("raise SystemExit('no GPU')", "LABEL org.grand-challenge.api-method=invoke\n" + USER)
     [[(light, said)], [(real, real_said)]] = both(image, start_seconds=5)
@@ -234,17 +305,24 @@ def test_a_server_that_is_never_healthy(build: Callable[..., str], both: Both) -
 
 
 @pytest.mark.skipif(engines.inspect(IMAGE) is None, reason=f"no image {IMAGE} (./build.sh)")
-def test_the_real_image_answers_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The same stacks, both ways: the same bytes."""
-    answers = []
+@pytest.mark.parametrize("api", ["exec", "invoke"])
+def test_the_real_image_answers_alike(
+    api: str,
+    server_image: str,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The sample, both ways: the same bytes."""
+    answers, image = [], {"exec": IMAGE, "invoke": server_image}[api]
     for way in ((), ("--shim",)):
-        options = ["--engine", "docker", "--image", IMAGE, "--output", str(tmp_path / f"out{len(way)}"), *way]
+        options = ["--engine", "docker", "--image", image, "--output", str(tmp_path / f"out{len(way)}"), *way]
         code = command_line.main(options)
         table = capsys.readouterr().out
         assert code == 0, table
         assert "warn" not in table
         answers.append((tmp_path / f"out{len(way)}" / layout.ANSWER).read_bytes())
     assert answers[0] == answers[1]
+    assert ("one server for all" in table) == (api == "invoke")
     assert "stack_0.tiff: accepted as an upload (128 x 128" in table
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from inference.example.figures import FIGURES, draw
 from test.harness import engines, served
 from test.harness.layout import ANSWER
 from test.support import stacks
-from test.support.figures import FIGURES, draw
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = os.environ.get("IMAGE", "midog-lora")
@@ -23,7 +23,7 @@ AMI_BR = ROOT.parent / "shared/data/ami-br"
 
 pytestmark = [
     pytest.mark.docker,
-    pytest.mark.skipif(engines.docker() is None, reason="no Docker engine answers (test/engine.sh start)"),
+    pytest.mark.skipif(engines.docker() is None, reason="no Docker engine answers (release/engine.sh start)"),
     pytest.mark.skipif(engines.inspect(IMAGE) is None, reason=f"no image {IMAGE} (./build.sh)"),
 ]
 

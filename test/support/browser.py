@@ -73,17 +73,24 @@ class Browser:
         """The script's result; promises are awaited."""
         return self.call("POST", "/execute/sync", {"script": script, "args": list(arguments)})
 
+    def choose(self, name: str, value: Any) -> None:
+        """Give a form's element a value, as a hand would."""
+        script = "const e = document.getElementById(arguments[0]); e.value = arguments[1];"
+        self.run(f"{script} for (const kind of ['input', 'change']) e.dispatchEvent(new Event(kind))", name, value)
+        self.settle()
+
     def press(self, *keys: str) -> None:
-        """Real key presses, by the names in KEYS or as text."""
+        """Real key presses, by the names in KEYS or as text; what they change is drawn when it returns."""
         actions = [{"type": kind, "value": KEYS.get(key, key)} for key in keys for kind in ("keyDown", "keyUp")]
         self.call("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]})
+        self.settle()
 
     def devtools(self, command: str, **parameters: Any) -> Any:
         return self.call("POST", "/goog/cdp/execute", {"cmd": command, "params": parameters})
 
-    def view(self, width: int, height: int, dark: bool = False) -> None:
-        """Set the size of the page in CSS pixels and the preferred colour scheme."""
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    def view(self, width: int, height: int, dark: bool = False, phone: bool = False) -> None:
+        """Set the size of the page in CSS pixels and the preferred colour scheme; phone: as a telephone lays it out."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": phone}
         self.devtools("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.devtools("Emulation.setEmulatedMedia", features=[scheme])

@@ -164,6 +164,84 @@ def table(file: Path, places: Sequence[Place]) -> Path:
     return file
 
 
+def coco_results(file: Path, places: Sequence[Place]) -> Path:
+    """COCO's format of results, as loadRes of pycocotools takes it: no images, no names, and often the same id."""
+    rows = [{"image_id": 7, "category_id": 1, "bbox": [x - 20, y - 25, 40, 50], "score": 0.9} for x, y in places]
+    return write_json(file, rows)
+
+
+def lines(file: Path, places: Sequence[Place]) -> Path:
+    """GeoJSON, a feature on each line (GDAL's GeoJSONSeq)."""
+    file.write_text("".join(f"{json.dumps(feature)}\n" for feature in features(places)))
+    return file
+
+
+def one_multipolygon(file: Path, places: Sequence[Place]) -> Path:
+    """All cells of a class in one object, as dissolve of geopandas writes them."""
+    parts = [square(x, y)["coordinates"] for x, y in places]
+    geometry = {"type": "MultiPolygon", "coordinates": parts}
+    return write_json(file, features(places[:1])[0] | {"geometry": geometry})
+
+
+def asap(file: Path, places: Sequence[Place]) -> Path:
+    dots = "".join(
+        f'<Annotation Name="Annotation {n}" Type="Dot" PartOfGroup="mitosis"><Coordinates><Coordinate Order="0" '
+        f'X="{x}" Y="{y}"/></Coordinates></Annotation>'
+        for n, (x, y) in enumerate(places)
+    )
+    file.write_text(f'<?xml version="1.0"?><ASAP_Annotations><Annotations>{dots}</Annotations></ASAP_Annotations>')
+    return file
+
+
+def aperio(file: Path, places: Sequence[Place]) -> Path:
+    """ImageScope: ellipses by the corners of their boxes."""
+    regions = "".join(
+        f'<Region Id="{n}" Type="2" Text="Mitosis"><Vertices><Vertex X="{x - 20}" Y="{y - 20}"/>'
+        f'<Vertex X="{x + 20}" Y="{y + 20}"/></Vertices></Region>'
+        for n, (x, y) in enumerate(places)
+    )
+    file.write_text(
+        f'<Annotations MicronsPerPixel="0.25"><Annotation><Regions>{regions}</Regions></Annotation></Annotations>'
+    )
+    return file
+
+
+def histomics(file: Path, places: Sequence[Place]) -> Path:
+    """large_image's annotation schema: a point, and rectangles."""
+    elements: list[dict[str, Any]] = [
+        {
+            "type": "rectangle",
+            "center": [x, y, 0],
+            "width": 50,
+            "height": 50,
+            "rotation": 0,
+            "group": "m",
+            "id": uuid(n),
+        }
+        for n, (x, y) in enumerate(places)
+    ]
+    elements[0] = {"type": "point", "center": [*places[0], 0], "group": "m", "id": uuid(0)}
+    return write_json(file, {"name": "mitoses", "elements": elements})
+
+
+def wholeslidedata(file: Path, places: Sequence[Place]) -> Path:
+    rows = [
+        {"index": n, "coordinates": square(x, y)["coordinates"][0][:-1], "label": {"name": "mitosis", "value": 1}}
+        for n, (x, y) in enumerate(places)
+    ]
+    return write_json(file, rows)
+
+
+def semicolons(file: Path, places: Sequence[Place]) -> Path:
+    """A spreadsheet's CSV where the comma is the decimal sign, in UTF-16 as Excel's "Unicode text" is."""
+    rows = [
+        f"case 1.tif;{x:.1f};{y:.1f};d{n}".replace(".", ",").replace("1,tif", "1.tif")
+        for n, (x, y) in enumerate(places)
+    ]
+    file.write_text("\n".join(["Slide;X;Y;ID", *rows]) + "\n", encoding="utf-16")
+    return file
+
+
 MAKERS = {
     "qupath.geojson": qupath,
     "array.geojson": qupath_array,
@@ -178,4 +256,12 @@ MAKERS = {
     "tcga.json": tcga,
     "annotations.sqlite": sliderunner,
     "detections.csv": table,
+    "results.json": coco_results,
+    "lines.geojson": lines,
+    "cells.geojson": one_multipolygon,
+    "asap.xml": asap,
+    "aperio.xml": aperio,
+    "histomics.json": histomics,
+    "wholeslidedata.json": wholeslidedata,
+    "semicolons.csv": semicolons,
 }

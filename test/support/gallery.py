@@ -2,8 +2,8 @@
 
     python -m test.support.gallery [--output docs/gallery] [--weights DIR] [--training REPORT.html]
 
-Needs Chromium with chromedriver. The crops are synthetic (test/support/figures.py), so no number in the pictures means
-anything.
+Needs Chromium with chromedriver. The crops are synthetic (inference/example/figures.py), so no number in the pictures
+means anything.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from inference.example.figures import FIGURES, STAINS, draw
 from inference.manifest import load_manifest
 from test.support import commands
 from test.support.browser import Browser, browser
-from test.support.figures import FIGURES, STAINS, draw
 
 ROOT = Path(__file__).resolve().parents[2]
 QUALITY = 80  # of WebP; the pictures are committed
@@ -54,22 +54,38 @@ def photograph(window: Browser, file: Path) -> None:
 
 
 def photograph_report(window: Browser, report: Path, output: Path) -> None:
-    """The whole page in light and dark, with maps, on a telephone, and one crop opened."""
+    """The page in light, dark and on a telephone, maps, one crop opened, and a blinded reading that has begun."""
     for name, width, height, dark in (
         ("light", 1280, 1180, False),
         ("dark", 1280, 1180, True),
-        ("narrow", 400, 1500, False),
+        ("narrow", 390, 1500, False),
     ):
-        window.view(width, height, dark)
+        window.view(width, height, dark, phone=width < 500)
         window.open(report)
+        window.run("document.getElementById('maps').click()")  # off, to see the crops
         photograph(window, output / f"report-{name}.webp")
     window.view(1280, 900)
     window.open(report)
-    window.run("document.getElementById('maps').click(); document.getElementById('toolbar').scrollIntoView()")
+    window.run("show({ show: 'maps' }); document.activeElement.blur()")
     photograph(window, output / "where-it-looks.webp")
     window.view(1000, 660)
     window.run("document.querySelectorAll('.card')[2].click(); document.activeElement.blur()")
     photograph(window, output / "one-crop.webp")
+    window.view(1280, 900)
+    window.open(report)
+    window.run("document.getElementById('blinded').click()")
+    window.run("['n', 'a', 'x', 'n', 'a'].forEach((key, n) => give(state.order[n], key))")
+    photograph(window, output / "reading.webp")
+
+
+def photograph_training(window: Browser, report: Path, output: Path) -> None:
+    """The top of the page, and the crops of its mistakes."""
+    window.view(1280, 1250)
+    window.open(report)
+    photograph(window, output / "training.webp")
+    window.view(1000, 960)
+    window.run("document.querySelector('.crops').closest('section').scrollIntoView()")
+    photograph(window, output / "training-crops.webp")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -77,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "docs/gallery", metavar="DIR")
     parser.add_argument("--weights", type=Path, default=ROOT / "weights/default", metavar="DIR")
     parser.add_argument("--training", type=Path, metavar="FILE", help="photograph a training report too")
-    parser.add_argument("--per-kind", type=int, default=6, help="crops of each of the nine kinds")
+    parser.add_argument("--per-kind", type=int, default=4, help="crops of each of the nine kinds")
     parser.add_argument("--seed", type=int, default=11)
     options = parser.parse_args(arguments)
     load_manifest(options.weights)  # reports what is missing before a minute of drawing
@@ -99,15 +115,14 @@ def main(arguments: list[str] | None = None) -> int:
                 "--device",
                 "cpu",
                 "--attribution",
+                "16",
                 "--title",
                 "Drawn crops",
             ]
         )
         photograph_report(window, report, output)
         if training:
-            window.view(1280, 1200)
-            window.open(training)
-            photograph(window, output / "training.webp")
+            photograph_training(window, training, output)
     return 0
 
 

@@ -69,8 +69,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(data)
 
-    def refuse(self, code: int, error: str = "", message: str = "") -> None:
-        self.reply(code, {"error": message}, **({"X_Error_Code": error} if error else {}), X_Error_Message=message)
+    def refuse(self, code: int, error: str = "", message: str = "", **headers: str) -> None:
+        headers |= {"X_Error_Code": error} if error else {}
+        self.reply(code, {"error": message}, **headers, X_Error_Message=message)
 
     @property
     def known(self) -> bool:
@@ -104,7 +105,7 @@ class Handler(BaseHTTPRequestHandler):
             if (commit := repository.at(found[2])) is None:
                 return self.refuse(404, "RevisionNotFound", "Invalid rev id")
             if found[3] not in commit[1]:
-                return self.refuse(404, "EntryNotFound", "Entry not found")
+                return self.refuse(404, "EntryNotFound", "Entry not found", X_Repo_Commit=commit[0])
             content = commit[1][found[3]]
             etag = f'"{hashlib.sha256(content).hexdigest()}"'
             return self.reply(200, content, ETag=etag, X_Repo_Commit=commit[0])

@@ -15,8 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCKS = {
-    "requirements.txt": "In the image",
-    "requirements/train.txt": "For training, in addition",
+    "requirements/job.txt": "In the image",
+    "requirements.txt": "For training and the harness, in addition",
     "requirements/bases.txt": "For base weights, in addition",
     "requirements/ray.txt": "For a cluster, in addition",
     "requirements/slides.txt": "For whole slides, in addition",

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from inference.backbones import BACKBONES, build, lookup
-from training.lora import lora_model
+from training.fit.lora import Lora, lora_model
 
 
 def overrides(backbone: str) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def random_fold(
     backbone: str, base: Path, folder: Path, targets: str, pool: str, seed: int, **lora: Any
 ) -> torch.nn.Module:
     """A random adapter saved by PEFT to `folder`; returns the PEFT model, unmerged, in evaluation mode."""
-    model = lora_model(backbone, base, 4, 8.0, 0.0, targets, pool, **overrides(backbone), **lora).eval()
+    model = lora_model(backbone, base, Lora(4, 8.0, targets=targets, **lora), pool, **overrides(backbone)).eval()
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

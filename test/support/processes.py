@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -50,6 +51,11 @@ def until(condition: Callable[[], object], what: str, seconds: int = 600) -> Non
     while not condition():
         assert time.monotonic() < end, f"waited {seconds} s for {what}"
         time.sleep(0.01)
+
+
+def without_progress(text: str) -> list[str]:
+    """The lines but those that commands write every half minute, which a busy machine may reach."""
+    return [line for line in text.splitlines() if not re.fullmatch(r".* \d+:\d\d:\d\d (left|so far)", line)]
 
 
 def connections() -> int:

@@ -8,17 +8,18 @@ Needs Chromium with chromedriver. The slide and its figures are synthetic: no nu
 from __future__ import annotations
 
 import argparse
+import shutil
 import tempfile
 from contextlib import chdir
 from pathlib import Path
 
 import numpy as np
 
+from inference.example.figures import FIGURES, draw
 from inference.manifest import default_ensemble
 from test.support import commands
-from test.support.browser import browser
+from test.support.browser import Browser, browser
 from test.support.detection_files import features, square, write_json
-from test.support.figures import FIGURES, draw
 from test.support.gallery import ROOT, photograph
 from test.support.pyramids import pyramid, write_slide
 
@@ -51,10 +52,40 @@ def draw_slide(folder: Path) -> None:
     write_json(folder / "case-7.geojson", {"type": "FeatureCollection", "features": content})
 
 
+def photograph_slide(window: Browser, page: Path, output: Path) -> None:
+    """The top of the page, a place on the slide enlarged, and one crop opened."""
+    window.view(1280, 1580)
+    window.open(page)
+    photograph(window, output / "slide-report.webp")
+    window.view(1000, 720)
+    window.run(
+        "const picture = document.querySelector('.thumbnails figure');"
+        "window.scrollBy(0, picture.closest('section').getBoundingClientRect().top - 10);"
+        "const box = picture.getBoundingClientRect();"
+        "const at = {clientX: box.x + 0.28 * box.width, clientY: box.y + 170};"
+        "for (let n = 0; n < 3; n++)"
+        " picture.querySelector('svg').dispatchEvent(new MouseEvent('dblclick', {bubbles: true, ...at}))"
+    )
+    photograph(window, output / "slide-closer.webp")
+    window.view(1000, 660)
+    window.run(
+        "const mark = document.querySelector('[data-crop] circle.atypical');"
+        "mark.dispatchEvent(new MouseEvent('click', {bubbles: true, cancelable: true}));"
+        "document.activeElement.blur()"
+    )
+    photograph(window, output / "slide-crop.webp")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "docs/gallery", metavar="DIR")
-    output, weights = parser.parse_args().output.resolve(), default_ensemble().resolve()
+    parser.add_argument("--page", type=Path, metavar="FILE.html", help="keep the report too")
+    options = parser.parse_args()
+    output, weights, keep = (
+        options.output.resolve(),
+        default_ensemble().resolve(),
+        options.page and options.page.resolve(),
+    )
     with tempfile.TemporaryDirectory() as name, chdir(name):
         draw_slide(Path())
         results = ["--output", "case-7-classes.geojson", "--csv", "case-7.csv", "--summary", "summary.csv"]
@@ -62,18 +93,10 @@ def main() -> int:
         commands.inference("slides", "case-7.geojson", *chosen, *results, "--report", "case-7.html")
         print(Path("summary.csv").read_text())
         print(Path("case-7-classes.geojson").read_text()[:1400])
+        if keep:
+            shutil.copy("case-7.html", keep)
         with browser() as window:
-            window.view(1280, 980)
-            window.open(Path("case-7.html"))
-            window.run("document.getElementById('h-slides').scrollIntoView()")
-            photograph(window, output / "slide-report.webp")
-            window.view(1000, 660)
-            window.run(
-                "const mark = document.querySelector('[data-crop] circle.atypical');"
-                "mark.dispatchEvent(new MouseEvent('click', {bubbles: true, cancelable: true}));"
-                "document.activeElement.blur()"
-            )
-            photograph(window, output / "slide-crop.webp")
+            photograph_slide(window, Path("case-7.html"), output)
     return 0
 
 

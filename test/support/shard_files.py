@@ -8,6 +8,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
@@ -15,6 +16,7 @@ from PIL import Image
 from test.support import commands
 
 CROPS = 60
+POISON = {3: b"", 17: b"\x89PNG\r\n\x1a\n" + bytes(40), 41: b"no image"}
 
 
 def encode(rng: np.random.Generator) -> bytes:
@@ -55,4 +57,20 @@ def arguments(weights: Path, output: object, *more: object) -> list[str]:
 
 
 def run(address: str, weights: Path, output: object, *more: object) -> int:
-    return commands.inference(*["score", "--ray", address, *arguments(weights, output, *more)])
+    return commands.inference(*["cluster", "--ray", address, *arguments(weights, output, *more)])
+
+
+def read(output: Path) -> pd.DataFrame:
+    """All answers; formats differ in the columns that they bring."""
+    tables = [pq.read_table(file) for file in output.glob("*.parquet")]
+    found = pa.concat_tables(tables, promote_options="default").to_pandas()
+    return found.sort_values(["path", "page"], ignore_index=True)
+
+
+def errors(output: Path) -> pd.DataFrame:
+    return pd.read_parquet(output / "_errors").sort_values("path", ignore_index=True)
+
+
+def finished(output: Path) -> dict[str, tuple[int, int]]:
+    """Shards with answers, and what changes when one is written again."""
+    return {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in output.glob("*.parquet")}

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from test.support.figures import FIGURES, draw
+from inference.example.figures import FIGURES, draw
 
 MICRONS_PER_PIXEL = 0.25
 LABELS = {"normal": "normal", "nmf": "normal", "atypical": "atypical", "amf": "atypical"}

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from training.recipe import load_recipe
+from training.data.table import describe
+from training.fit.recipe import load_recipe
+from training.run import RunFolder
 
 
 def write_csv(file: Path, header: str, rows: Sequence[Sequence[object]]) -> Path:
@@ -51,6 +53,7 @@ def fake_run(folder: Path, crops: int = 240, seed: int = 0, strength: float = 1.
         [[f"/somewhere/{n}.png", labels[n], f"s{groups[n]}", f"domain {domains[n]}", folds[n]] for n in range(crops)],
     )
     (folder / "recipe.json").write_text(json.dumps(dataclasses.asdict(load_recipe("lite0"))))
+    (folder / "data.json").write_text(json.dumps(describe(RunFolder(folder).crops())))
     signal = strength * (2 * labels - 1) + g.normal(size=crops)
     logits = signal + g.normal(scale=0.7, size=(8, crops))
     for fold in range(3):

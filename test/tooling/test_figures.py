@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from test.support.figures import FIGURES, STAINS, draw
+from inference.example.figures import FIGURES, STAINS, draw
 
 KINDS = [kind for figures in FIGURES.values() for kind in figures]
 

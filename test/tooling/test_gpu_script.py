@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,12 @@ def test_without_a_gpu_it_ends_with_one_line() -> None:
     assert done.stderr == (
         "no GPU that PyTorch can use; expected an NVIDIA GPU and its driver; run on such a machine\n"
     )
+
+
+def test_started_in_another_way_it_ends_with_one_line() -> None:
+    done = subprocess.run([sys.executable, "-I", ROOT / "test/gpu.py"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "run ./test/run_gpu.sh" in done.stderr
 
 
 def test_a_row_of_the_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The wheel in an empty environment: the command, the extras, and `from inference import Ensemble`."""
+"""The wheel in an empty environment and an empty folder: the command, the extras, and the library."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = """
 from pathlib import Path
 import sys
-import inference
+import midog_lora
 assert "torch" not in sys.modules  # the package alone is light
-from inference import Ensemble
-from inference.imageio.stack import read_stack
+from midog_lora import Ensemble
+from midog_lora.inference.imageio.stack import read_stack
 
-prediction = Ensemble.load(Path(sys.argv[1]), device="cpu").predict(read_stack(Path(sys.argv[2])))
-print(inference.__file__)
+prediction = Ensemble.load(sys.argv[1], device="cpu").predict(read_stack(Path(sys.argv[2])))
+print(midog_lora.__file__)
 print(prediction.p_atypical.shape, prediction.spread.shape)
 """
 
@@ -33,8 +33,11 @@ print(prediction.p_atypical.shape, prediction.spread.shape)
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    for name in ("inference", "training", "requirements", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("inference", "training", "release", "requirements", "pyproject.toml", "README.md", "LICENSE"):
         subprocess.run(["cp", "-r", ROOT / name, folder], check=True)  # the build writes beside its sources
+    subprocess.run(["cp", ROOT / "setup.py", ROOT / "MANIFEST.in", folder], check=True)
+    (folder / "weights").mkdir()
+    subprocess.run(["cp", "-r", ROOT / "weights/default", folder / "weights"], check=True)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder / "dist", folder]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -60,20 +63,54 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         [about] = [archive.read(name).decode() for name in names if name.endswith("METADATA")]
-    for folder in ("inference", "training"):
+    for folder in ("inference", "training", "release", "weights/default"):
         for path in (ROOT / folder).rglob("*"):
-            if path.is_file() and path.suffix != ".pyc":
-                assert path.relative_to(ROOT).as_posix() in names
-    assert not any(name.startswith(("test/", "benchmarks/", "weights/")) for name in names)
+            if path.is_file() and path.suffix not in (".pyc", ".sh"):
+                assert f"midog_lora/{path.relative_to(ROOT).as_posix()}" in names
+    assert {name.partition("/")[0] for name in names} == {"midog_lora", f"midog_lora-{inference.__version__}.dist-info"}
+    assert not any(name.startswith("midog_lora/weights/bases") for name in names)
+    assert wheel.stat().st_size < 25e6
     assert f"Version: {inference.__version__}\n" in about
     assert "Requires-Dist: torch==2.10.0\n" in about
+
+
+def test_no_common_name_is_claimed(installed: Path, tmp_path: Path) -> None:
+    for name in ("inference", "training", "release"):
+        done = subprocess.run(
+            [installed / "python", "-c", f"import {name}"], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert f"No module named '{name}'" in done.stderr
+    every = "import pkgutil, importlib, midog_lora as m\n" + (
+        "for p in pkgutil.walk_packages(m.__path__, 'midog_lora.'):\n"
+        "    if not p.name.endswith('__main__'): importlib.import_module(p.name)"
+    )
+    done = subprocess.run([installed / "python", "-c", every], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_bundled_ensemble_has_a_name(installed: Path, tmp_path: Path) -> None:
+    shown = subprocess.run([installed / "midog-lora", "--version"], cwd=tmp_path, capture_output=True, text=True)
+    assert shown.stdout == f"midog-lora {inference.__version__}\n"
+    home = {"XDG_DATA_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    command = [installed / "midog-lora", "score", ROOT / "test/sample/stack_0.tiff", "--csv", "scores.csv"]
+    without = subprocess.run(command, cwd=tmp_path, env=home, capture_output=True, text=True)
+    assert without.returncode == 1 and "make them with 'midog-lora base" in without.stderr
+    (tmp_path / "midog-lora").mkdir()
+    (tmp_path / "midog-lora/bases").symlink_to(ROOT / "weights/bases")
+    stack = str(ROOT / "test/sample/stack_0.tiff")
+    done = subprocess.run(
+        [installed / "python", "-c", SAMPLE, "default", stack], cwd=tmp_path, env=home, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_extras_are_the_requirement_files() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for name, packages in extras.items():
-        lines = (ROOT / f"requirements/{name}.in").read_text().splitlines()
-        assert packages == [line for line in lines if line and not line.startswith(("#", "-"))]
+        file = "project" if name == "train" else name
+        lines = (ROOT / f"requirements/{file}.in").read_text().splitlines()
+        named = [line for line in lines if line and not line.startswith(("#", "-"))]
+        assert packages == [line for line in named if line != "SimpleITK"]  # the harness has it, which is not installed
 
 
 def test_the_command_has_all_commands(installed: Path, tmp_path: Path) -> None:

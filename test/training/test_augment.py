@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from inference.preprocess import Preprocess, to_batch, views
 from test.support.tables import tiny_table
 from training.__main__ import main
-from training.augment import augment, cutout, mixup
-from training.colour import stain_vectors
-from training.feed import generator
-from training.optics import disc, path
-from training.strengths import Augment
-from training.warp import Canvas, canvases
+from training.augment.batch import Batch, augment, cutout, mixup
+from training.augment.colour import stain_vectors
+from training.augment.optics import disc, path
+from training.augment.strengths import Augment
+from training.augment.warp import Canvas, canvases
+from training.fit.feed import generator
 
 OFF = Augment(
     dihedral=False,
@@ -113,7 +113,7 @@ def test_cutout_spares_the_middle():
 def test_mixup_mixes_crops_targets_and_weights_alike():
     rgb = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 2, 2)
     target, weight = torch.arange(4.0), 10 * torch.arange(4.0)
-    mixed, t, w = mixup(rgb, target, weight, 0.4, generator(0))
+    mixed, t, w = mixup(Batch(rgb, target, weight), 0.4, generator(0))
     assert torch.allclose(mixed[:, 0, 0, 0], t)
     assert torch.allclose(10 * t, w)
     assert not torch.equal(t, target)

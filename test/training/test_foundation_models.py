@@ -39,7 +39,7 @@ def test_a_road_from_the_published_file_to_verified_weights(name, tmp_path, monk
     changes = ["epochs=1", "batch=4", "folds=2", f"size={2 * patch}", "crop=24"]
     arguments = ["fit", "--recipe", recipe, "--data", str(data), "--run", str(run), "--base", str(base)]
     assert main([*arguments, *(f"--set={change}" for change in changes)]) == 0
-    arguments = ["export", str(run), "--output", str(ensemble), "--base", str(base), "--include-base"]
+    arguments = ["export", str(run), "--output", str(ensemble), "--bases", str(bases), "--include-base"]
     assert main(arguments) == 0
     capsys.readouterr()
     assert main(["verify", str(ensemble), "--data", str(data), "--device", "cpu"]) == 0

@@ -20,8 +20,8 @@ from inference.manifest import load_manifest
 from test.support.hub import TOKEN, Hub, Repository, serving
 from test.support.miniature import make_ensemble
 from training.__main__ import main
-from training.hubcard import metadata, write_card
-from training.publish import files_to_send
+from training.ensemble.hubcard import check_card, metadata, write_card
+from training.ensemble.publish import files_to_send
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = sorted(
@@ -38,7 +38,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An ensemble as one would share it. Not to be changed."""
     folder = tmp_path_factory.mktemp("weights") / "mine"
     folder.mkdir()
-    about = {"data": {"sets": {"AMi-Br": 24}}, "out_of_fold": SCORES}
+    about = {"recipe": {}, "data": {"sets": {"AMi-Br": 24}}, "out_of_fold": SCORES}
     make_ensemble(folder, folds=2, licence=OPEN, provenance=about)
     for note in folder.glob("fold*/README.md"):  # PEFT's, which export leaves out
         note.unlink()
@@ -101,10 +101,18 @@ def test_the_cards_of_this_repository(folder: Path) -> None:
 def test_a_card_of_two_members(made: Path, tmp_path: Path) -> None:
     """Bases on the hub by their names there, others by ours; a licence that is not Apache's goes on the card."""
     content = json.loads((made / "ensemble.json").read_text())
-    member = {key: content[key] for key in ("backbone", "folds", "licence", "preprocess", "tta")}
-    other = member | {"backbone": "dinov3-vits16", "licence": OPEN | {"base_source": "hf-hub:timm/some.model"}}
+    keys = ("backbone", "pool", "base", "folds", "licence", "preprocess", "tta", "precision")
+    member = {"name": "a"} | {key: content[key] for key in keys}
+    folds = [fold | {"folder": f"other-{fold['folder']}"} for fold in member["folds"]]
+    licence = OPEN | {"base_source": "hf-hub:timm/some.model"}
+    other = member | {"name": "b", "backbone": "dinov3-vits16", "folds": folds, "licence": licence}
     parts = {"a": {"data": {"sets": {"AMi-Br": 1}}}, "b": {"data": {"sets": {"clinic_2024": 1, "MIDOG25": 1}}}}
-    content |= {"format": 2, "members": [member, other], "provenance": {"members": parts, "out_of_fold": SCORES}}
+    content |= {
+        "format": 2,
+        "members": [member, other],
+        "weights": [0.5, 0.5],
+        "provenance": {"members": parts, "out_of_fold": SCORES},
+    }
     (tmp_path / "ensemble.json").write_text(json.dumps(content))
     about = metadata(tmp_path).to_dict()
     assert about["base_model"] == ["efficientnet-lite0", "timm/some.model"]
@@ -124,6 +132,15 @@ def test_a_cards_text_stays(made: Path, tmp_path: Path) -> None:
     write_card(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.text.strip() == "# Mine\n\n---\nMy own words."
+    with pytest.raises(UserError, match=r"not known to be of these weights.*hubcard --read-again"):
+        check_card(tmp_path)
+    assert main(["hubcard", "--read-again", str(tmp_path)]) == 0
+    check_card(tmp_path)
+    assert "My own words." in (tmp_path / "README.md").read_text()
+    edit(tmp_path, lambda content: content.update(threshold=0.4))
+    write_card(tmp_path)
+    with pytest.raises(UserError, match="not known to be of these weights"):
+        check_card(tmp_path)
     assert [r.metric_value for r in card.data.eval_results] == [0.8123, 0.5, 0.75]
 
 
@@ -186,7 +203,7 @@ def test_what_cannot_be_fetched_is_one_line(
             local_folder(Path(name))
     place = Path(f"hf-hub:{NAME}@{commit}")
     hub.repositories[NAME].gated = True
-    with pytest.raises(UserError, match=r"is gated; expected access; ask for it at http.*hf auth login"):
+    with pytest.raises(UserError, match=r"is gated, and your token has no access \(status 403\); ask for it at http"):
         local_folder(place)
     hub.repositories[NAME].gated = False
     del hub.repositories[NAME].commits[-1][1]["fold1/adapter_config.json"]
@@ -257,6 +274,7 @@ def test_a_hub_that_refuses(shared: Path, hub: Hub, monkeypatch: pytest.MonkeyPa
     repository = hub.repositories[NAME]
     command = ["publish", str(shared), "--repo", NAME]
     edit(shared, lambda content: content.update(threshold=0.4))
+    write_card(shared, read_again=True)
     hub.lose_uploads = True
     assert main(command) == 1 and "status 403" in capsys.readouterr().err
     hub.lose_uploads = False

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from inference.backbones import BACKBONES, build
 from inference.errors import UserError
 from test.support.miniature import overrides, random_base
-from training.lora import freeze_statistics, load_base, lora_model, store_base_as, trainable
+from training.fit.lora import Lora, freeze_statistics, load_base, lora_model, store_base_as, trainable
 
 # rank x (inputs + outputs), summed over the layers that the set names
 COUNTS = [
@@ -32,37 +32,37 @@ COUNTS = [
 @pytest.mark.parametrize(("backbone", "targets", "rank", "adapters", "features"), COUNTS)
 def test_full_size_has_the_published_number_of_trainable_parameters(backbone, targets, rank, adapters, features):
     with torch.device("meta"):
-        model = lora_model(backbone, None, rank, 16, 0.0, targets)
+        model = lora_model(backbone, None, Lora(rank, 16, targets=targets))
     assert trainable(model) == {"adapters": adapters, "head": features + 1}
 
 
 def test_only_the_named_layers_are_adapted():
-    model = lora_model("virchow", None, 4, 8, 0.0, "all", **overrides("virchow"))
+    model = lora_model("virchow", None, Lora(4, 8, targets="all"), **overrides("virchow"))
     adapted = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if "lora_A" in name}
     assert len(adapted) == 2 * 4  # not the patch embedding, whose name ends in "proj" too
     assert not any("patch_embed" in name for name in adapted)
-    dino = lora_model("dinov3-vith16plus", None, 4, 8, 0.0, "all", **overrides("dinov3-vith16plus"))
+    dino = lora_model("dinov3-vith16plus", None, Lora(4, 8, targets="all"), **overrides("dinov3-vith16plus"))
     assert len({name for name, _ in dino.named_parameters() if "lora_A" in name}) == 2 * 5
     with pytest.raises(UserError, match="no LoRA target set 'fc9'; expected one of qkv, qv, attn, all"):
-        lora_model("uni", None, 4, 8, 0.0, "fc9", **overrides("uni"))
+        lora_model("uni", None, Lora(4, 8, targets="fc9"), **overrides("uni"))
 
 
 def test_a_base_must_fit_tensor_by_tensor(tmp_path):
     file = random_base("uni", tmp_path / "base.safetensors")
     state = load_file(file)
-    model = lora_model("uni", file, 4, 8, 0.0, "qkv", **overrides("uni"))
+    model = lora_model("uni", file, Lora(4, 8, targets="qkv"), **overrides("uni"))
     stored = model.get_base_model().blocks[0].attn.qkv.base_layer.weight
     assert torch.equal(stored, state["blocks.0.attn.qkv.weight"])
     save_file({name: value for name, value in state.items() if name != "norm.weight"}, file)
     with pytest.raises(UserError, match=r"norm\.weight is in only one of base and backbone"):
-        lora_model("uni", file, 4, 8, 0.0, "qkv", **overrides("uni"))
+        lora_model("uni", file, Lora(4, 8, targets="qkv"), **overrides("uni"))
     save_file(state | {"norm.weight": torch.ones(3)}, file)
     with pytest.raises(UserError, match=r"norm.weight is \(3,\), the backbone needs \(256,\)"):
-        lora_model("uni", file, 4, 8, 0.0, "qkv", **overrides("uni"))
+        lora_model("uni", file, Lora(4, 8, targets="qkv"), **overrides("uni"))
 
 
 def test_batch_normalisation_keeps_the_bases_statistics():
-    model = freeze_statistics(lora_model("efficientnet-lite0", None, 2, 4, 0.0, "late"))
+    model = freeze_statistics(lora_model("efficientnet-lite0", None, Lora(2, 4, targets="late")))
     before = {name: value.clone() for name, value in model.named_buffers()}
     model(torch.randn(4, 3, 32, 32))
     assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
@@ -71,7 +71,9 @@ def test_batch_normalisation_keeps_the_bases_statistics():
 @pytest.mark.parametrize("backbone", ["virchow", "dinov3-vith16plus", "efficientnet-lite0"])
 def test_a_base_in_low_precision_computes_what_autocast_does(backbone):
     torch.manual_seed(0)
-    model = lora_model(backbone, None, 2, 4, 0.0, next(iter(BACKBONES[backbone].targets)), **overrides(backbone)).eval()
+    model = lora_model(
+        backbone, None, Lora(2, 4, targets=next(iter(BACKBONES[backbone].targets))), **overrides(backbone)
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -94,7 +96,9 @@ def test_a_base_in_low_precision_computes_what_autocast_does(backbone):
 @pytest.mark.parametrize("backbone", ["virchow", "dinov3-vith16plus", "efficientnet-lite0"])
 def test_checkpointing_gives_the_same_gradients(backbone):
     torch.manual_seed(0)
-    model = lora_model(backbone, None, 2, 4, 0.0, next(iter(BACKBONES[backbone].targets)), **overrides(backbone))
+    model = lora_model(
+        backbone, None, Lora(2, 4, targets=next(iter(BACKBONES[backbone].targets))), **overrides(backbone)
+    )
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, 0, 0.1)
@@ -114,7 +118,7 @@ def test_checkpointing_gives_the_same_gradients(backbone):
 @pytest.mark.parametrize("backbone", ["uni", "dinov3-vith16plus", "efficientnet-lite0"])
 def test_drop_is_dropout_before_the_head_and_nowhere_else(backbone):
     targets = next(iter(BACKBONES[backbone].targets))
-    model = lora_model(backbone, None, 2, 4, 0.0, targets, drop_rate=0.5, **overrides(backbone))
+    model = lora_model(backbone, None, Lora(2, 4, targets=targets), drop_rate=0.5, **overrides(backbone))
     rates = {name: layer.p for name, layer in model.named_modules() if isinstance(layer, torch.nn.Dropout) and layer.p}
     base = model.get_base_model()
     assert [name.split(".")[-1] for name in rates] == ([] if "lite" in backbone else ["head_drop"])
@@ -154,7 +158,7 @@ def test_qv_trains_and_merges_as_separate_adapters_on_query_and_value(backbone, 
 
     rank, alpha, size = 4, 8.0, 28 if "14" in BACKBONES[backbone].timm else 32
     base = random_base(backbone, tmp_path / "base.safetensors")
-    ours = lora_model(backbone, base, rank, alpha, 0.0, "qv", None, rslora, **overrides(backbone))
+    ours = lora_model(backbone, base, Lora(rank, alpha, targets="qv", rslora=rslora), **overrides(backbone))
     plain = build(BACKBONES[backbone], 1, **overrides(backbone))
     load_base(plain, base, "head")
     torch.nn.init.zeros_(plain.head.weight)

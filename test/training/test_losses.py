@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.data import Crop
-from training.feed import loss_shares, loss_weights, targets
-from training.losses import focal, weights_by
-from training.recipe import Recipe
+from training.data.crop import Crop
+from training.fit.feed import loss_shares, loss_weights, targets
+from training.fit.losses import focal, weights_by
+from training.fit.recipe import Recipe
 
 LOGITS = torch.tensor([0.0, math.log(3)])  # p = 0.5 and 0.75
 ONES = torch.ones(2)

@@ -24,10 +24,10 @@ from test.support.miniature import random_base
 from test.support.processes import until
 from test.support.tables import tiny_table
 from training.__main__ import main
-from training.data import load_data
-from training.fit import write_run
-from training.processes import gpus
-from training.recipe import load_recipe
+from training.data.table import load_data
+from training.fit.processes import gpus
+from training.fit.recipe import load_recipe
+from training.run import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends orphans on Linux only")
@@ -218,13 +218,13 @@ def test_jobs_of_one_run_may_prepare_it_at_once(fit, tmp_path):
     """One job a fold: whoever comes first writes, the others read the same; nothing is written twice."""
     crops = load_data([Path(fit[4])], lambda line: None)
     recipe = load_recipe("lite0", SETTINGS)
-    fold = write_run(tmp_path, recipe, crops)
+    fold = RunFolder(tmp_path).begin(recipe, crops)
     before = {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
     assert set(before) == {"recipe.json", "data.json", "split.csv"}
-    assert (write_run(tmp_path, recipe, crops) == fold).all()
+    assert (RunFolder(tmp_path).begin(recipe, crops) == fold).all()
     assert {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == before
     with pytest.raises(UserError, match=r"recipe\.json differs from this call in rank"):
-        write_run(tmp_path, load_recipe("lite0", [*SETTINGS, "rank=4"]), crops)
+        RunFolder(tmp_path).begin(load_recipe("lite0", [*SETTINGS, "rank=4"]), crops)
     assert {file.name for file in tmp_path.iterdir()} == set(before)
 
 

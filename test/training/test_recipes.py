@@ -13,17 +13,19 @@ import pytest
 from inference.backbones import lookup
 from inference.ensemble import Ensemble
 from inference.errors import UserError
+from inference.manifest import load_manifest
 from inference.preprocess import to_batch
 from test.support import miniature
 from test.support.tables import tiny_table
 from training.__main__ import main
-from training.data import Crop, load_data
-from training.feed import Feed, epoch_order, generator, load_crops
-from training.fit import fit, make_accelerator, settle_precision
-from training.loop import Run
-from training.recipe import FOLDER, Recipe, load_recipe
-from training.splits import KINDS
-from training.strengths import Augment
+from training.augment.strengths import Augment
+from training.data.crop import Crop
+from training.data.splits import KINDS
+from training.data.table import load_data
+from training.fit.command import fit, make_accelerator, settle_precision
+from training.fit.feed import Feed, epoch_order, generator, load_crops
+from training.fit.loop import Training
+from training.fit.recipe import FOLDER, Recipe, load_recipe
 
 FILES = sorted(FOLDER.glob("*.toml"))
 SIDES = ((64, 64), (128, 128), (31, 47), (200, 90), (65, 300), (257, 256))
@@ -78,8 +80,11 @@ def test_changes_and_mistakes(tmp_path):
     for change, message in (
         ("rankk=2", "rankk is not a setting"),
         ("augment.hedd=1", "augment.hedd is not a setting"),
-        ("rank=two", "rank = 'two' is not a int"),
-        ("rslora=maybe", "is not a bool"),
+        ("rank=two", "rank = 'two'; .* integer"),
+        ("rank=0", "rank = '0'; .* greater than or equal to 1"),
+        ("sampling=often", "sampling = 'often'; .* 'shuffle', 'class' or 'domain'"),
+        ("augment.jpeg_p=2", "augment.jpeg_p = '2'; .* less than or equal to 1"),
+        ("rslora=maybe", "rslora = 'maybe'; .* boolean"),
     ):
         with pytest.raises(UserError, match=message):
             load_recipe("default", [change])
@@ -103,7 +108,7 @@ def test_training_sees_what_inference_sees(name):
         preprocess = recipe.preprocess()
         images = [g.integers(0, 256, (*sides, 3), dtype=np.uint8) for sides in SIDES]
         crops = [Crop(Path(str(n)), n % 2, f"g{n}", "d") for n in range(len(images))]
-        (batch,) = Feed(recipe, crops, images, 0).epoch(0)
+        ((batch,),) = Feed(recipe, crops, images, 0).epoch(0)
         order = epoch_order(crops, "shuffle", generator(recipe.seed, 0, 0)).tolist()
         expected = to_batch([images[n] for n in order], preprocess)
         assert (batch.rgb - expected).abs().max() < 1e-3, crop
@@ -117,16 +122,18 @@ def test_every_recipe_runs_from_crops_to_answers(name, tmp_path, monkeypatch):
         monkeypatch.setattr(miniature, "overrides", lambda backbone: dict(depth=2))
     patch = 14 if "14" in lookup(recipe.backbone).timm else 16
     recipe = load_recipe(name, ["epochs=1", "batch=4", "folds=2", f"size={2 * patch}", "crop=24"])
-    base = miniature.random_base(recipe.backbone, tmp_path / "base.safetensors")
+    base = miniature.random_base(recipe.backbone, tmp_path / f"{recipe.backbone}.safetensors")
     crops = load_data([tiny_table(tmp_path, 12, 4)], lambda line: None)
     images = load_crops(crops)
     recipe = settle_precision(recipe, tmp_path)
     accelerator = make_accelerator(recipe)
     run, ensemble = tmp_path / "run", tmp_path / "ensemble"
-    fit(Run(recipe, run, crops, images, base, accelerator, overrides=miniature.overrides(recipe.backbone)))
-    assert main(["export", str(run), "--output", str(ensemble), "--base", str(base), "--include-base"]) == 0
+    fit(Training(recipe, run, crops, images, base, accelerator, overrides=miniature.overrides(recipe.backbone)))
+    assert main(["export", str(run), "--output", str(ensemble), "--bases", str(tmp_path), "--include-base"]) == 0
     found = Ensemble.load(ensemble, "cpu", "fp32").predict(images)
     assert found.fold_p.shape == (2, 12)
     assert all(np.isfinite(logits).all() for logits in found.logits)
     assert found.p_atypical.std() > 0
-    assert Path(ensemble / "fold1" / "adapter_model.safetensors").stat().st_size < base.stat().st_size
+    folds = load_manifest(ensemble).members[0].folds
+    assert len(folds) == 2
+    assert all((fold / "adapter_model.safetensors").stat().st_size < base.stat().st_size for fold in folds)

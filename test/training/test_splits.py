@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference.errors import UserError
-from training.data import Crop
-from training.splits import check_leaks, domains_of, inner_holdout, read_split, split, write_split
+from training.data.crop import Crop
+from training.data.splits import SET_ASIDE, check_leaks, domains_of, inner_holdout, split
+from training.fit.recipe import load_recipe
+from training.run import RunFolder
 
 
 def table(groups: list[int], labels: list[int]) -> list[Crop]:
@@ -135,8 +137,57 @@ def test_a_leak_is_refused():
 
 
 def test_a_run_keeps_its_split(tmp_path):
-    fold = split(CROPS, "grouped", 3, 7)
-    write_split(tmp_path / "split.csv", CROPS, fold)
-    assert (read_split(tmp_path / "split.csv", CROPS) == fold).all()
+    run, recipe = RunFolder(tmp_path), load_recipe("lite0", ["folds=3", "seed=7"])
+    fold = run.begin(recipe, CROPS)
+    assert (run.split() == fold).all() and (run.begin(recipe, CROPS) == split(CROPS, "grouped", 3, 7)).all()
+    assert run.numbers() == [0, 1, 2] and [crop.path for crop in run.crops()] == [crop.path for crop in CROPS]
+    run.write_split(CROPS[1:], fold[1:])
     with pytest.raises(UserError, match="lists other crops"):
-        read_split(tmp_path / "split.csv", CROPS[1:])
+        run.begin(recipe, CROPS)
+
+
+def in_order(lengths: list[int], margin: int) -> list[Crop]:
+    """Numbered crops in slides of these lengths one after another; those near a cut may belong to the other side."""
+    slide_of = [number for number, length in enumerate(lengths) for _ in range(length)]
+    crops = []
+    for n, slide in enumerate(slide_of):
+        near = {f"g{other}" for other in slide_of[max(0, n - margin) : n + margin + 1]} - {f"g{slide}"}
+        crops.append(Crop(Path(f"{n}.png"), n % 2, f"g{slide}", f"d{slide % 2}", beside=tuple(sorted(near))))
+    return crops
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.integers(4, 20), min_size=12, max_size=24),
+    st.integers(0, 5),
+    st.integers(0, 9),
+    st.sampled_from([0, 4]),
+)
+def test_a_cut_that_is_not_exact_leaks_nothing(lengths, margin, seed, exam):
+    """Whichever side of a cut a crop within the margin belongs to, it is on no side of a split that divides them."""
+    crops = in_order(lengths, margin)
+    fold = split(crops, "grouped", 3, seed, exam=exam)
+    kept = np.flatnonzero(fold != SET_ASIDE)
+    for n in kept.tolist():
+        for m in range(max(0, n - 2 * margin), n):  # a cut lies between them, and each may be of the other's slide
+            near = crops[n].group in crops[m].beside or crops[m].group in crops[n].beside
+            assert fold[m] == SET_ASIDE or not near or fold[m] == fold[n]
+    sides = {
+        group: set(fold[[crop.group == group for crop in crops]].tolist()) - {SET_ASIDE}
+        for group in {crop.group for crop in crops}
+    }
+    assert all(len(folds) <= 1 for folds in sides.values())
+    if margin == 0:
+        assert len(kept) == len(crops)
+
+
+def test_crops_set_aside_neither_train_nor_score(tmp_path):
+    crops = in_order([9] * 12, 2)
+    fold = split(crops, "grouped", 2, 0)
+    aside = fold == SET_ASIDE
+    assert 0 < aside.sum() < len(crops)
+    run = RunFolder(tmp_path)
+    assert (run.begin(load_recipe("lite0", ["folds=2"]), crops) == fold).all()
+    assert run.numbers() == [0, 1]
+    random = split(crops, "random", 2, 0)
+    assert (random >= 0).all()  # its slides lie in both folds anyway

@@ -15,12 +15,12 @@ from inference.backbones import BACKBONES, POOLS
 from inference.device import DTYPES
 from test.support.fake_gpu import backward, fake_gpu, really, to_fake_gpu, trainable_on_fake_gpu
 from test.support.miniature import overrides
-from training import loop, lora
-from training.feed import Batch
-from training.loop import Run
-from training.losses import focal
-from training.recipe import Recipe
-from training.state import State
+from training.fit import loop, lora
+from training.fit.feed import Batch
+from training.fit.loop import Training
+from training.fit.losses import focal
+from training.fit.recipe import Recipe
+from training.fit.state import State
 
 CASES = [
     (name, targets, row.pool, precision)
@@ -48,7 +48,7 @@ def take_a_step(mode: FakeTensorMode, backbone: str, targets: str, pool: str, pr
     accelerator = Accelerator(  # the model lies on the fake GPU already: nothing moves there in place
         device_placement=False, mixed_precision="no" if precision == "fp32" else precision
     )
-    run = Run(recipe, Path(), [], [], None, accelerator, overrides=overrides(backbone))
+    run = Training(recipe, Path(), [], [], None, accelerator, overrides=overrides(backbone))
     model = to_fake_gpu(really(loop.adapted_model)(run, 0), mode)
     state = State(model, recipe, 10, accelerator, None)
     lora.freeze_statistics(state.model)
@@ -93,7 +93,7 @@ def test_a_mixed_device_is_found(part: str, mode: FakeTensorMode, monkeypatch: p
 @pytest.mark.parametrize(("backbone", "targets"), [("virchow", "qv"), ("dinov3-vits16", "all"), ("uni", "attn")])
 def test_the_stand_in_for_autograds_engine_computes_its_gradients(backbone: str, targets: str) -> None:
     torch.manual_seed(0)
-    model = lora.lora_model(backbone, None, 4, 8.0, 0.0, targets, **overrides(backbone)).eval()
+    model = lora.lora_model(backbone, None, lora.Lora(4, 8.0, targets=targets), **overrides(backbone)).eval()
     learnt = [p for p in model.parameters() if p.requires_grad]
     for parameter in learnt:
         torch.nn.init.normal_(parameter, 0, 0.1)
@@ -113,7 +113,9 @@ def test_the_stand_in_for_autograds_engine_computes_its_gradients(backbone: str,
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_a_training_step_on_a_real_gpu(backbone: str) -> None:
     row = BACKBONES[backbone]
-    model = lora.lora_model(backbone, None, 4, 8.0, 0.1, list(row.targets)[-1], **overrides(backbone)).to("cuda")
+    model = lora.lora_model(backbone, None, lora.Lora(4, 8.0, 0.1, list(row.targets)[-1]), **overrides(backbone)).to(
+        "cuda"
+    )
     lora.freeze_statistics(model)
     learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with torch.autocast("cuda", torch.bfloat16):

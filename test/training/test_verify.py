@@ -12,7 +12,7 @@ from test.support.miniature import make_ensemble, make_members
 from test.support.published import shrink
 from test.support.tables import tiny_table
 from training.__main__ import main
-from training.verify import choose_crops
+from training.ensemble.verify import choose_crops
 
 
 @pytest.mark.parametrize(("backbone", "tta"), [("efficientnet-lite0", "d4"), ("dinov3-vits16plus", "rot4")])
@@ -72,7 +72,7 @@ def test_every_fold_of_every_member_is_held_against_its_own_base(off, tmp_path, 
 
 def test_not_a_number_fails(tmp_path, monkeypatch, capsys):
     make_ensemble(tmp_path)
-    monkeypatch.setattr("training.verify.fold_logits", lambda *given: torch.full((1, 4), torch.nan).numpy())
+    monkeypatch.setattr("training.ensemble.verify.fold_logits", lambda *given: torch.full((1, 4), torch.nan).numpy())
     assert main(["verify", str(tmp_path), "--device", "cpu"]) == 1
     assert "FAIL" in capsys.readouterr().err
 

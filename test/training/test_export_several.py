@@ -15,55 +15,22 @@ from inference.ensemble import Ensemble
 from inference.errors import UserError
 from inference.manifest import load_manifest
 from inference.metrics import balanced_accuracy, best_threshold, roc_auc
-from test.support.miniature import make_ensemble, random_base, random_fold
+from test.support.miniature import make_ensemble
+from test.support.runs import make_run
 from test.support.tables import tiny_table, write_crop
-from training import combine as command
 from training.__main__ import main
-from training.candidates import Candidate, named_apart, read_candidates
-from training.data import describe, load_data
-from training.feed import load_crops
-from training.hubcard import is_current
-from training.joint import Choice, Joint
-from training.recipe import load_recipe
-from training.selection import every_choice, refine, simplify
-from training.splits import split, write_split
-from training.stopwatch import Seconds
+from training.data.splits import split
+from training.data.table import describe, load_data
+from training.ensemble import export as command
+from training.ensemble.candidates import Candidate, Sources, StudyTable, named_apart, read_candidates
+from training.ensemble.hubcard import check_card
+from training.ensemble.joint import Choice, Joint
+from training.ensemble.selection import choose, every_choice, refine, simplify
+from training.ensemble.stopwatch import Seconds
+from training.fit.feed import load_crops
 
 CROPS = 48
 BACKBONES = {"lite": "efficientnet-lite0", "uni": "uni"}
-
-
-def make_run(
-    folder: Path, table: Path, bases: Path, backbone: str, seed: int = 0, adapters: bool = True, **changes: Any
-) -> Path:
-    """A finished run without the training: real adapters with random weights, made-up logits that know the labels."""
-    recipe = load_recipe(
-        "default",
-        [f"backbone={backbone}", "size=32", "crop=0", "pool=", *(f"{name}={value}" for name, value in changes.items())],
-    )
-    crops = load_data([table], lambda line: None)
-    folds = split(crops, recipe.split, recipe.folds, recipe.seed)
-    folder.mkdir(parents=True)
-    (folder / "recipe.json").write_text(json.dumps(dataclasses.asdict(recipe)))
-    (folder / "data.json").write_text(json.dumps(describe(crops)))
-    write_split(folder / "split.csv", crops, folds)
-    base = bases / f"{backbone}.safetensors"
-    if not base.exists():
-        base.parent.mkdir(exist_ok=True)
-        random_base(backbone, base)
-    targets = {"efficientnet-lite0": "late", "uni": "qkv"}[backbone]
-    labels = np.array([crop.label for crop in crops])
-    g = np.random.default_rng(seed)
-    logits = 1.5 * (2 * labels - 1) + g.normal(size=len(crops)) + g.normal(scale=0.5, size=(8, len(crops)))
-    for fold in range(recipe.folds):
-        (folder / f"fold{fold}").mkdir()
-        if adapters:
-            random_fold(
-                backbone, base, folder / f"fold{fold}", targets, {"uni": "token"}.get(backbone, "avg"), seed + fold
-            )
-        index = np.flatnonzero(folds == fold)
-        np.savez(folder / f"fold{fold}" / "oof.npz", index=index, logits=logits[:, index].astype(np.float32))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +47,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def arguments(place: Path, output: Path, *names: str) -> list[str]:
     found = [str(place / name) for name in names]
     return [
-        "combine",
+        "export",
         *found,
         f"--output={output}",
         f"--bases={place / 'bases'}",
@@ -101,17 +68,22 @@ def test_the_folder_is_an_ensemble_of_what_was_chosen(combined: Path, place: Pat
     assert {member.backbone for member in manifest.members} <= set(BACKBONES.values())
     assert sum(member.weight for member in manifest.members) == pytest.approx(1)
     about = manifest.provenance
-    assert about["out_of_fold"]["crops"] == CROPS and about["chosen"]
+    scores = about["out_of_fold"]
+    assert scores["crops"] == CROPS and about["chosen"]
+    assert scores["nested"] and not scores["chosen_on_same_scores"] and scores["groups_whole"]
+    assert scores["split"]["split"] == "grouped" and about["calibration"]["of"] == "single folds, out of fold"
+    assert json.loads((combined / "ensemble.json").read_text())["format"] == 2
     for member in manifest.members:
         assert about["members"][member.name]["data"]["crops"] == CROPS
         assert len(member.folds) == 3 and member.precision["fp32"] == 0
     files = {path.name for path in combined.iterdir()}
-    assert {"ensemble.json", "README.md"} <= files and not list(place.glob("weights/.combine*"))
+    assert {"ensemble.json", "README.md"} <= files and not list(place.glob("weights/.export*"))
     assert not any(path.is_symlink() for path in combined.iterdir())
     for path in combined.rglob("*"):
         assert path.is_dir() or b"private-name" not in path.read_bytes(), path
     card = (combined / "README.md").read_text()
-    assert is_current(combined) and "| efficientnet-lite0 + uni |" in card and "as shipped" in card and "AUC" in card
+    check_card(combined)
+    assert "| efficientnet-lite0 + uni |" in card and "as shipped" in card and "AUC" in card
 
 
 def test_heads_carry_the_calibration(combined: Path, place: Path) -> None:
@@ -141,8 +113,8 @@ def test_temperature_and_threshold_are_of_the_mean() -> None:
     labels, choice = joint.labels, Choice((0, 1), ("d4", "none"), "probability", (0.25, 0.75))
     fitted = joint.calibrate(choice)
     members = [
-        (z[None, :views] + shift) / temperature
-        for z, views, (temperature, shift) in zip(joint.logits, (8, 1), fitted.heads, strict=True)
+        (z[None, :views] + head.shift) / head.temperature
+        for z, views, head in zip(joint.logits, (8, 1), fitted.heads, strict=True)
     ]
 
     def loss(temperature: float, shift: float = 0.0) -> float:
@@ -161,7 +133,7 @@ def test_a_member_that_helps_stays_and_one_of_noise_goes() -> None:
     joint = simulated([1.0, 1.0, 0.0])
     choice, steps = simplify(joint, Choice((0, 1, 2), ("d4",) * 3), ["a", "b", "noise"])
     assert choice.members == (0, 1)
-    assert [step.taken for step in steps[:2]] == [True, False] and steps[0].what == "without noise"
+    assert [step.taken for step in steps[:2]] == [True, False] and steps[0].text == "without noise"
     assert steps[0].auc > steps[0].before and steps[1].auc < steps[1].before
     assert joint.auc(choice) > max(joint.auc(Choice((m,), ("d4",))) for m in (0, 1))
 
@@ -189,17 +161,19 @@ def test_no_crop_takes_part_in_what_judges_it() -> None:
     joint = simulated([1.0, 0.7])
     choice = Choice((0, 1), ("d4", "rot4"), "probability", (0.5, 0.5))
     changed = dataclasses.replace(
-        joint, labels=np.where(joint.folds == 1, 1 - joint.labels, joint.labels), _scales={}, _aucs={}
+        joint, labels=np.where(joint.folds == 1, 1 - joint.labels, joint.labels), _scales={}, _answers={}
     )
-    assert np.array_equal(joint.without(choice, 1), changed.without(choice, 1))
-    assert not np.array_equal(joint.without(choice, 0), changed.without(choice, 0))
+    names = ["a", "b"]
+    assert choose(joint, names, 1) == choose(changed, names, 1)
+    assert np.array_equal(joint.answers(choice, 1), changed.answers(choice, 1))
+    assert not np.array_equal(joint.answers(choice, 0), changed.answers(choice, 0))
 
 
 def test_a_budget_takes_the_best_that_fits(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     views = {"none": 1.0, "rot4": 4.0, "d4": 8.0}
-    monkeypatch.setattr(command, "time_members", lambda *_: Seconds(2.0, [views, views]))
+    monkeypatch.setattr(command.Maker, "time_members", lambda _: Seconds(2.0, [views, views]))
     walls = iter([9.0, 3.0])
     monkeypatch.setattr(command, "median_cold_start", lambda *_: next(walls))
     output = tmp_path / "fast"
@@ -212,8 +186,11 @@ def test_a_budget_takes_the_best_that_fits(
 
 
 def test_every_choice_of_few_and_of_many() -> None:
-    assert len(set(every_choice(2))) == 3 + 3 + 9
-    assert len(set(every_choice(8))) == 3 * 255
+    assert len(set(every_choice(simulated([1.0] * 2, 60)))) == 3 + 3 + 9
+    assert len(set(every_choice(simulated([1.0] * 8, 60)))) == 3 * 255
+    one_view = simulated([1.0] * 2, 60)
+    one_view.logits = [one_view.logits[0], one_view.logits[1][:1]]
+    assert len(set(every_choice(one_view))) == 3 + 1 + 3
 
 
 def test_an_ensemble_folder_gets_its_logits_again(place: Path, tmp_path: Path) -> None:
@@ -234,26 +211,33 @@ def test_an_ensemble_folder_gets_its_logits_again(place: Path, tmp_path: Path) -
         told = {"recipe": recipe, "data": describe(crops), "out_of_fold": {"auc": auc}} | about
         (folder / "ensemble.json").write_text(json.dumps(content | {"provenance": told}))
 
+    def read(folders: list[Path], *data: Path) -> tuple[list[Candidate], StudyTable]:
+        return read_candidates(Sources(folders, data, cache, place / "bases"))
+
     ship()
     for _ in range(2):
-        found, table = read_candidates([folder, place / "uni"], [], cache, place / "bases")
+        found, table = read([folder, place / "uni"])
         assert np.abs(found[0].logits - expected).max() < 1e-4
         assert np.array_equal(table.folds, folds)
     assert len(list(cache.iterdir())) == 1
-    alone, _ = read_candidates([folder], [place / "table.csv"], cache, place / "bases")
+    alone, _ = read([folder], place / "table.csv")
     assert np.array_equal(alone[0].logits, found[0].logits)
     retaken = tiny_table(tmp_path / "retaken", CROPS, 16)  # the same table, but one crop has other pixels
     write_crop(tmp_path / "retaken" / "crops" / "0.png", 1000, 40, 90)
-    again, _ = read_candidates([folder], [retaken], cache, place / "bases")
+    with pytest.raises(UserError, match="fitted on other crops"):
+        read([folder], retaken)
+    earlier = {key: value for key, value in describe(crops).items() if key != "pixels"}
+    ship(data=earlier)  # a version that did not keep the hash of pixels
+    again, _ = read([folder], retaken)
     assert (again[0].logits != found[0].logits).any(0).tolist() == [True] + [False] * (CROPS - 1)
     with pytest.raises(UserError, match="add --data"):
-        read_candidates([folder], [], cache, place / "bases")
+        read([folder])
     ship(out_of_fold={"auc": auc + 0.1})
     with pytest.raises(UserError, match="its provenance says"):
-        read_candidates([folder, place / "uni"], [], cache, place / "bases")
+        read([folder, place / "uni"])
     ship(recipe={})
     with pytest.raises(UserError, match="names no recipe"):
-        read_candidates([folder, place / "uni"], [], cache, place / "bases")
+        read([folder, place / "uni"])
 
 
 def test_refuses_what_cannot_be_compared(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -270,11 +254,6 @@ def test_refuses_what_cannot_be_compared(place: Path, tmp_path: Path, capsys: py
     assert "other crops" in fails("lite", str(tmp_path / "less"))
     assert "other crops than --data" in fails("lite", more=(f"--data={table}",))
     assert "no run and no ensemble" in fails("lite", "bases")
-    one = make_run(tmp_path / "one-view", place / "table.csv", place / "bases", "efficientnet-lite0", adapters=False)
-    for file in one.glob("fold*/oof.npz"):
-        stored = np.load(file)
-        np.savez(file, index=stored["index"], logits=stored["logits"][:1])
-    assert "out-of-fold logits of 1 views; expected 8" in fails("lite", str(one))
     (tmp_path / "less" / "fold1" / "oof.npz").unlink()
     assert "fold 1 is not finished" in fails(str(tmp_path / "less"))
     (tmp_path / "out").mkdir()
@@ -285,7 +264,7 @@ def test_refuses_what_cannot_be_compared(place: Path, tmp_path: Path, capsys: py
 def test_members_get_names_of_their_own() -> None:
     def one(name: str, crop: int | None, size: int = 192) -> Candidate:
         entry = {"preprocess": {"crop": crop, "size": size}}
-        return Candidate(name, Path(), {}, {}, entry, Path(), (), np.empty(0))
+        return Candidate(name, {}, {}, entry, Path(), (), np.empty(0))
 
     names = [found.name for found in named_apart([one("a", 64), one("a", None), one("b", 64), one("a", 64)])]
     assert names == ["a-64-192-1", "a-all-192", "b", "a-64-192-2"]
