@@ -1,4 +1,4 @@
-"""`score --ray` measured: two workers against one, memory over many crops, and what 10^8 crops would take.
+"""`cluster` measured: two workers against one, memory over many crops, and what 10^8 crops would take.
 
 python -m benchmarks.cluster workers [--crops 400]        the default ensemble, one worker of one core, then two
 python -m benchmarks.cluster memory [--crops 1000000]     a tiny random network: the default would need a day
@@ -25,11 +25,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from test.support.figures import FIGURES, draw
+from benchmarks.cold_start import ROOT, machine
+from inference.example.figures import FIGURES, draw
 from test.support.miniature import make_ensemble
 from test.support.ray_cluster import cluster
-
-from .cold_start import ROOT, machine
 
 CACHE = ROOT / ".cache" / "benchmarks"
 SHARD = 20  # crops per shard when workers are compared: many shards even at a dozen crops a second
@@ -92,7 +91,7 @@ class Memory(threading.Thread):
                 if not self.driver.is_running():
                     return
                 continue
-            workers = [rss for name, rss in family if "MapWorker" in name]
+            workers = [rss for name, rss in family if "ShardScorer" in name]
             ray = sum(rss for name, rss in family if name in ("raylet", "gcs_server"))
             if workers:
                 shards = sum(1 for _ in self.output.glob("*.parquet"))
@@ -115,7 +114,7 @@ def score(data: Path, output: Path, cores: int, *more: object) -> tuple[float, f
             sys.executable,
             "-m",
             "inference",
-            "score",
+            "cluster",
             data,
             "--ray",
             address,

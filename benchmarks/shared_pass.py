@@ -27,7 +27,8 @@ class RandomWeights:
         """first: the lowest block whose attention and MLP are adapted."""
         with torch.device("meta"):
             state = build(lookup(backbone), 0, "token", **overrides).state_dict()
-        self.dtype, self.names = torch.float32, frozenset(state)
+        self.dtype, self.names, self.positions = torch.float32, frozenset(state), "antialiased"
+        self.head = ()  # one linear layer
         parts = (
             "attn.qkv.weight",
             "attn.proj.weight",

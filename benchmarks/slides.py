@@ -21,7 +21,7 @@ import numpy as np
 from inference.__main__ import main as inference
 from inference.ensemble import Ensemble
 from inference.manifest import default_ensemble
-from inference.slides.scoring import BATCH
+from inference.slides.part import BATCH
 from test.support.detection_files import qupath
 from test.support.pyramids import write_slide
 

@@ -11,11 +11,10 @@ import time
 from pathlib import Path
 
 from benchmarks import workload
+from benchmarks.cold_start import ROOT, machine
 from inference.ensemble import Ensemble
 from inference.imageio.stack import read_stack
 from inference.manifest import PRECISIONS
-
-from .cold_start import ROOT, machine
 
 
 def main() -> None:

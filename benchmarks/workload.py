@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from inference.backbones import BACKBONES, build
 from inference.checksums import sha256
+from inference.example.figures import FIGURES, draw
 from test.harness.layout import write_input
-from test.support.figures import FIGURES, draw
 from test.support.stacks import write_stack
 
 RANK, ALPHA, FOLDS = 8, 16.0, 3
@@ -28,7 +28,7 @@ def make(backbone: str, cache: Path) -> Path:
 
     The base's values are rounded to fp16 in both files, so that the plain path and ours compute with the same weights.
     """
-    from training.lora import lora_model
+    from training.fit.lora import Lora, lora_model
 
     folder = cache / backbone
     if (folder / "ensemble.json").exists():
@@ -52,7 +52,7 @@ def make(backbone: str, cache: Path) -> Path:
     folds = []
     for number in range(FOLDS):
         with torch.device("meta"):
-            model = lora_model(backbone, None, RANK, ALPHA, 0.0, "qkv", "token")
+            model = lora_model(backbone, None, Lora(RANK, ALPHA), "token")
         tensors = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -86,6 +86,26 @@ def make(backbone: str, cache: Path) -> Path:
         "licence": {"base": "random weights"},
         "provenance": {"made by": "benchmarks"},
     }
+    (folder / "ensemble.json").write_text(json.dumps(manifest, indent=1))
+    return folder
+
+
+def make_averaged(backbone: str, cache: Path) -> Path:
+    """An ensemble folder under `cache`: that of `make` with its folds averaged into one adapter."""
+    from training.fit.averaged import FILES, average_adapters
+
+    source, folder = make(backbone, cache), cache / f"{backbone}-averaged"
+    if (folder / "ensemble.json").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = json.loads((source / "ensemble.json").read_text())
+    base = folder / manifest["base"]["file"]
+    base.unlink(missing_ok=True)
+    base.symlink_to((source / base.name).resolve())
+    averaged = folder / "averaged"
+    average_adapters([source / fold["folder"] for fold in manifest["folds"]], averaged, base, backbone)
+    fold = {"folder": averaged.name, "sha256": {name: sha256(averaged / name) for name in FILES}}
+    manifest |= {"name": f"random-{folder.name}", "folds": [fold]}
     (folder / "ensemble.json").write_text(json.dumps(manifest, indent=1))
     return folder
 
