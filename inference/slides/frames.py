@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..errors import UserError
-from .detections.objects import DOUBT, SCAN, Frame
+from .detections.objects import DOUBT, GLASS, SCAN, Frame
 from .reader import Slide
 
 
@@ -23,15 +23,40 @@ class Placement(NamedTuple):
 def placement(frame: Frame, slide: Slide, origin: str | None) -> Placement:
     """How coordinates in `frame` lie on the slide. origin: "scan" or "slide", for a frame that leaves it in doubt.
 
-    UserError where they count at a magnification and the slide states none.
+    UserError where the slide does not state what the frame counts by, or cannot be the one that it counts on.
     """
     scale = 1.0, 1.0
     if frame.microns is not None:
         scale = frame.microns / slide.level.mpp[0], frame.microns / slide.level.mpp[1]
     elif frame.magnification is not None:
         scale = (objective(slide, frame.magnification) / frame.magnification,) * 2
+    elif frame.deepzoom is not None:
+        scale = (2.0 ** (deepest(slide, frame.deepzoom) - frame.deepzoom),) * 2
     begins = origin if frame.origin == DOUBT else frame.origin
+    if begins == GLASS:
+        return Placement(scale, middle_of_glass(slide))
     return Placement(scale, slide.scanned_from if begins == SCAN else (0.0, 0.0))
+
+
+def deepest(slide: Slide, level: int) -> int:
+    """The DeepZoom level that has level 0's pixels: each level halves the next, down to one pixel at level 0."""
+    last = (max(slide.size) - 1).bit_length()
+    if not 0 <= level <= last:
+        raise UserError(
+            f"its file counts pixels of DeepZoom level {level}, and the slide has levels 0 to {last}; expected one of "
+            "these; check which slide it belongs to"
+        )
+    return last
+
+
+def middle_of_glass(slide: Slide) -> tuple[float, float]:
+    """The middle of the glass slide in level-0 pixels."""
+    if slide.glass is None:
+        raise UserError(
+            "its file counts from the middle of the glass slide, and the slide does not state where that is; expected "
+            "the NDPI file; give it by --slide, or export GeoJSON from QuPath"
+        )
+    return slide.glass
 
 
 def objective(slide: Slide, magnification: float) -> float:

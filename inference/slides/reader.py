@@ -60,12 +60,25 @@ def stated_number(properties: Mapping[str, str], name: str) -> float:
         return 0.0
 
 
+def middle_of_glass(
+    properties: Mapping[str, str], size: tuple[int, int], mpp: tuple[float, float]
+) -> tuple[float, float] | None:
+    """x, y in level-0 pixels of the middle of the glass slide: NDPI states in nm how far the scan's own is from it."""
+    try:
+        away = [float(properties[f"hamamatsu.{axis}OffsetFromSlideCentre"]) for axis in "XY"]
+    except (KeyError, ValueError):
+        return None
+    x, y = (pixels / 2 - nm / 1000 / microns for pixels, nm, microns in zip(size, away, mpp, strict=True))
+    return x, y
+
+
 class Slide:
     """A slide's size and resolution, and its crops. The file is open only from the first crop to `release`.
 
     opens: the file that is opened, of a DICOM slide's folder one of its files; level: where crops of the wanted µm/px
     are read; size: width and height in level-0 pixels; scanned_from: x and y in level-0 pixels where the scanned area
-    begins, (0, 0) if the slide states none; power: its magnification, 0 if none
+    begins, (0, 0) if the slide states none; glass: the middle of the glass slide in level-0 pixels, None if not stated;
+    power: its magnification, 0 if none
     """
 
     def __init__(self, file: Path, mpp: float, given: float | None) -> None:
@@ -80,6 +93,7 @@ class Slide:
         self.size: tuple[int, int] = opened.dimensions
         x, y, self.power = (stated_number(opened.properties, name) for name in ("bounds-x", "bounds-y", POWER))
         self.scanned_from = x, y
+        self.glass = middle_of_glass(opened.properties, self.size, self.level.mpp)
         self.opened: OpenSlide | ImageSlide | None = None
 
     def open(self) -> OpenSlide | ImageSlide:

@@ -16,7 +16,8 @@ from inference.slides.frames import placement
 
 FOLDER = Path(__file__).resolve().parents[3] / "shared" / "data" / "field"
 FIGURES = {(500, 400), (900, 1200), (1500, 700), (300, 1500)}
-SLIDE: Any = SimpleNamespace(level=SimpleNamespace(mpp=(0.25, 0.25)), scanned_from=(0.0, 0.0))
+MPP = SimpleNamespace(mpp=(0.25, 0.25))
+SLIDE: Any = SimpleNamespace(level=MPP, scanned_from=(0.0, 0.0), size=(2048, 1792), glass=None)
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="needs the folder with files from the field")
 
@@ -92,10 +93,13 @@ def test_boxes_that_may_be_either_are_asked_about() -> None:
     assert places(read("d26e_xyxy_small.json", boxes="xyxy")[0]) == {(200, 300), (400, 350), (350, 450)}
 
 
-@pytest.mark.parametrize("name", ["d19_case.ndpa", "d20_histoplus.json"])
-def test_what_counts_otherwise_is_refused_by_name(name) -> None:
-    with pytest.raises(UserError, match=r"NDPA|HistoPLUS"):
-        read(name)
+def test_tiles_of_a_level_are_brought_to_the_slide() -> None:
+    assert places(read("d20_histoplus.json")[0]) == {(500, 400)}
+
+
+def test_nanometres_from_the_middle_of_the_glass_need_an_ndpi_file() -> None:
+    with pytest.raises(UserError, match="the slide does not state where that is; expected the NDPI file"):
+        places(read("d19_case.ndpa")[0])
 
 
 def test_directories_of_a_database_tell_slides_apart(tmp_path) -> None:

@@ -232,6 +232,49 @@ def wholeslidedata(file: Path, places: Sequence[Place]) -> Path:
     return write_json(file, rows)
 
 
+def histoplus(file: Path, places: Sequence[Place], level: int = 11, scale: int = 1, side: int = 224) -> Path:
+    """SlideSegmentationData: cells by tile of a DeepZoom level, whose pixels are `scale` of level 0."""
+    tiles: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for x, y in places:
+        x, y = x / scale, y / scale
+        column, row = int(x // side), int(y // side)
+        local = x - column * side, y - row * side
+        masks = tiles.setdefault((column, row), [])
+        outline = square(*local)["coordinates"][0]
+        kind = {"cell_id": len(masks), "cell_type": "Mitotic Figures", "confidence": 0.9}
+        masks.append(kind | {"coordinates": outline, "centroid": list(local)})
+    cells = [
+        {"level": level, "x": x, "y": y, "width": side, "height": side, "masks": masks}
+        for (x, y), masks in tiles.items()
+    ]
+    return write_json(file, {"model_name": "histoplus", "inference_mpp": 0.25, "cell_masks": cells})
+
+
+def ndpa(file: Path, places: Sequence[Place], outlines: Sequence[Sequence[Place]] = ()) -> Path:
+    """NDP.view's annotations in nm from the middle of the glass: pins, then closed outlines of the title Tumor."""
+
+    def state(n: int, title: str, annotation: str) -> str:
+        view = "<lens>20</lens><x>5</x><y>7</y><z>0</z><showtitle>1</showtitle>"
+        about = f"<title>{title}</title><details/><coordformat>nanometers</coordformat>{view}"
+        return f'<ndpviewstate id="{n}">{about}{annotation}</ndpviewstate>'
+
+    def position(x: float, y: float) -> str:
+        return f"<x>{round(x)}</x><y>{round(y)}</y>"
+
+    states = [
+        state(n, "mitosis", f'<annotation type="pin" displayname="AnnotatePin">{position(*place)}</annotation>')
+        for n, place in enumerate(places)
+    ]
+    for n, corners in enumerate(outlines, len(states)):
+        points = "".join(f"<point>{position(*corner)}</point>" for corner in corners)
+        inner = f"<measuretype>0</measuretype><closed>1</closed><pointlist>{points}</pointlist>"
+        kind = 'type="freehand" displayname="AnnotateFreehand"'
+        states.append(state(n, "Tumor", f"<annotation {kind}>{inner}</annotation>"))
+    head = '<?xml version="1.0" encoding="utf-8" standalone="yes"?>'
+    file.write_text(f"{head}<annotations>{''.join(states)}</annotations>")
+    return file
+
+
 def semicolons(file: Path, places: Sequence[Place]) -> Path:
     """A spreadsheet's CSV where the comma is the decimal sign, in UTF-16 as Excel's "Unicode text" is."""
     rows = [

@@ -1,7 +1,9 @@
-"""One picture as slides of several formats: a pyramid, OME-TIFF, DICOM, flat images, and a huge sparse TIFF."""
+"""One picture as slides of several formats: a pyramid, OME-TIFF, DICOM, NDPI, flat images, and a huge sparse TIFF."""
 
 from __future__ import annotations
 
+import io
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +62,40 @@ def dicom(file: Path, pixels: np.ndarray, side: int = 256) -> Path:
     image.PixelData = tiles.tobytes()
     file.parent.mkdir(parents=True, exist_ok=True)
     image.save_as(file, enforce_file_format=True)
+    return file
+
+
+def ndpi(file: Path, pixels: np.ndarray, away: tuple[int, int] = (0, 0), lens: float = 40) -> Path:
+    """Hamamatsu's NDPI, one level: little-endian TIFF with 64-bit offsets of directories, and a JPEG as its only strip.
+
+    away: how far the middle of the picture is from the middle of the glass slide, in nm. After OpenSlide's reader.
+    """
+    height, width = pixels.shape[:2]
+    strip, software = io.BytesIO(), b"NDP.scan 3.2\0\0\0\0"
+    Image.fromarray(pixels).save(strip, "JPEG", quality=95, subsampling=0)
+    jpeg = strip.getvalue()
+    start, texts = 16, 16 + len(jpeg)
+    resolution = texts + len(software)
+    tags = [  # number, type (3: short, 4: long, 9: signed long, 11: float), count, value or offset
+        (256, 4, 1, struct.pack("<I", width)),
+        (257, 4, 1, struct.pack("<I", height)),
+        (259, 3, 1, struct.pack("<I", 7)),
+        (273, 4, 1, struct.pack("<I", start)),
+        (279, 4, 1, struct.pack("<I", len(jpeg))),
+        (282, 5, 1, struct.pack("<I", resolution)),
+        (283, 5, 1, struct.pack("<I", resolution)),
+        (296, 3, 1, struct.pack("<I", 3)),
+        (305, 2, len(software), struct.pack("<I", texts)),
+        (65420, 4, 1, struct.pack("<I", 1)),
+        (65421, 11, 1, struct.pack("<f", lens)),
+        (65422, 9, 1, struct.pack("<i", away[0])),
+        (65423, 9, 1, struct.pack("<i", away[1])),
+        (65424, 9, 1, struct.pack("<i", 0)),
+    ]
+    entries = b"".join(struct.pack("<HHI", *tag[:3]) + tag[3] for tag in tags)
+    header = b"II*\0" + struct.pack("<Q", resolution + 8) + bytes(4)
+    directory = struct.pack("<H", len(tags)) + entries + bytes(8 + 4 * len(tags))  # none follows; high halves of values
+    file.write_bytes(header + jpeg + software + struct.pack("<II", 40000, 1) + directory)  # pixels per cm: 0.25 um/px
     return file
 
 

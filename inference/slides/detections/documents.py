@@ -21,7 +21,7 @@ from . import json_text
 from .databases import Database
 from .json_text import Features
 
-PACKED = (".geojson", ".json", ".ndjson", ".jsonl", ".csv", ".tsv", ".xml")  # what is read of a zip file
+PACKED = (".geojson", ".json", ".ndjson", ".jsonl", ".csv", ".tsv", ".xml", ".ndpa")  # what is read of a zip file
 LARGEST = 2 << 30  # bytes of a file, unpacked: a million polygons of QuPath are about 1 GB
 PIECE = 1 << 20  # bytes that are read at a time
 DELIMITERS = ",;\t"

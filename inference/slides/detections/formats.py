@@ -15,9 +15,9 @@ from uuid import NAMESPACE_OID, uuid5
 from xml.etree.ElementTree import Element
 
 from ...errors import UserError
-from . import boxes, databases, viewers
+from . import boxes, databases, detectors, viewers
 from .documents import CellTable, Unreadable, documents
-from .geometry import centre, figures, number, point, polygon
+from .geometry import centre, figures
 from .json_text import Features
 from .objects import DOUBT, SCAN, Feature, Frame, SlideObject, attempt, made
 from .table import EXPECTED, cell_number, find_columns
@@ -106,84 +106,6 @@ def parts_of(geometry: Feature) -> list[Feature]:
     return [geometry | {"type": "Point", "coordinates": position} for position in points]
 
 
-# CellViT: inference/cell_detection.py writes cells.json and cell_detection.json: wsi_metadata, type_map and cells. Its
-# tiles may have been cut with `limit_bounds`, which the file does not say
-def fits_cellvit(document: Any) -> bool:
-    return isinstance(document, dict) and isinstance(document.get("cells"), list) and "wsi_metadata" in document
-
-
-def read_cellvit(document: Any) -> Iterator[SlideObject]:
-    scale = (document["wsi_metadata"] or {}).get("downsampling", 1)
-    if scale != 1:
-        raise UserError(
-            f"it was made at a downsampling of {scale!r:.20}, where CellViT's coordinates mix two magnifications; "
-            "expected 1; run CellViT on level 0"
-        )
-    names: dict[str, str] = {}  # by number, whichever of the two is the key
-    for key, value in (document.get("type_map") or {}).items():
-        names |= {str(key): value} if isinstance(value, str) else {str(value): str(key)}
-    for n, cell in enumerate(document["cells"], 1):
-        yield attempt(f"cell {n:,}", partial(read_cell, f"cell {n:,}", cell, n, names, Frame(origin=DOUBT)))
-
-
-# HoVer-Net: infer/base.py writes {"mag": ..., "nuc": {id: {bbox, centroid, contour, type_prob, type}}}
-def fits_hovernet(document: Any) -> bool:
-    return isinstance(document, dict) and isinstance(document.get("nuc"), dict)
-
-
-def read_hovernet(document: Any) -> Iterator[SlideObject]:
-    for identity, cell in document["nuc"].items():
-        where = f"nucleus {identity:.20}"
-
-        def read(where: str = where, cell: Any = cell, identity: str = identity) -> SlideObject:
-            magnification = document.get("mag")
-            frame = Frame(None if magnification is None else number("mag", magnification))
-            return read_cell(where, cell, identity, {}, frame)
-
-        yield attempt(where, read)
-
-
-def read_cell(where: str, cell: Any, identity: Any, names: dict[str, str], frame: Frame) -> SlideObject:
-    """A cell of CellViT or HoVer-Net: centroid [x, y], contour [[x, y], ...], type (a number) and its probability."""
-    middle, contour = point(cell["centroid"]), cell.get("contour")
-    geometry: Feature = {"type": "Point", "coordinates": list(middle)}
-    if isinstance(contour, list) and len(contour) >= 3:
-        geometry = polygon([list(point(corner)) for corner in contour])
-    kind = cell.get("type")
-    name = names.get(str(kind), "" if kind is None else str(kind))
-    feature = made(geometry, cell.get("cell_id", identity), name, type_prob=cell.get("type_prob"))
-    return SlideObject(where, feature, centre=middle, frame=frame)
-
-
-# Detections on TCGA (Zenodo 14548480): a network of mitoses a slide, written by feature_extraction/feature_bank.py
-# (`sna_features_concise`) of mostafajahanifar/pacman: coordinates [[x, y], ...] of level 0, edge_index, feat_names, and
-# feats, a row of numbers for each mitosis. The first feature is its type: 1 typical, 2 atypical.
-def fits_tcga(document: Any) -> bool:
-    if not isinstance(document, dict):
-        return False
-    lists = [document.get(key) for key in ("coordinates", "feats", "feat_names")]
-    return all(isinstance(values, list) for values in lists) and "type" in document["feat_names"]
-
-
-TCGA = {1: "typical", 2: "atypical"}
-
-
-def read_tcga(document: Any) -> Iterator[SlideObject]:
-    positions, rows, names = document["coordinates"], document["feats"], document["feat_names"]
-    if len(positions) != len(rows):
-        raise UserError(f"it has {len(positions):,} coordinates and {len(rows):,} feats; expected one for each")
-
-    def read(where: str, n: int) -> SlideObject:
-        features = dict(zip(map(str, names), rows[n], strict=True))
-        kind = features.pop("type")
-        geometry = {"type": "Point", "coordinates": list(point(positions[n]))}
-        return SlideObject(where, made(geometry, n + 1, TCGA.get(kind, str(kind)), **features))
-
-    for n in range(len(positions)):
-        where = f"mitosis {n + 1:,}"
-        yield attempt(where, partial(read, where, n))
-
-
 # this project's own table, QuPath's measurement tables, and those of the challenges
 def fits_table(document: Any) -> bool:
     return isinstance(document, CellTable) and find_columns(document) is not None
@@ -222,11 +144,12 @@ FORMATS = (
         read_geojson,
         own_geometry=True,
     ),
-    Format("CellViT JSON", "cells and wsi_metadata", fits_cellvit, read_cellvit),
-    Format("HoVer-Net JSON", "nuc", fits_hovernet, read_hovernet),
+    Format("CellViT JSON", "cells and wsi_metadata", detectors.fits_cellvit, detectors.read_cellvit),
+    Format("HistoPLUS JSON", "cell_masks", detectors.fits_histoplus, detectors.read_histoplus),
+    Format("HoVer-Net JSON", "nuc", detectors.fits_hovernet, detectors.read_hovernet),
     Format("COCO or MIDOG JSON", "images and annotations", boxes.fits_coco, boxes.read_coco, has_boxes=True),
     Format("COCO results", "a list with image_id and bbox", boxes.fits_results, boxes.read_results, has_boxes=True),
-    Format("TCGA mitosis JSON", "coordinates, feats and feat_names", fits_tcga, read_tcga),
+    Format("TCGA mitosis JSON", "coordinates, feats and feat_names", detectors.fits_tcga, detectors.read_tcga),
     Format("Grand Challenge points", "points with a point each", viewers.fits_points, viewers.read_points),
     Format("HistomicsUI JSON", "elements", viewers.fits_histomics, viewers.read_histomics),
     Format(
@@ -237,6 +160,7 @@ FORMATS = (
     ),
     Format("ASAP XML", "the element ASAP_Annotations", viewers.is_xml("ASAP_Annotations"), viewers.read_asap),
     Format("Aperio XML", "the element Annotations", viewers.is_xml("Annotations"), viewers.read_aperio),
+    Format("NDPA", "the element annotations", viewers.is_xml("annotations"), viewers.read_ndpa),
     Format(
         "SlideRunner or EXACT SQLite",
         "the tables Annotations, Annotations_coordinates and Slides",
@@ -244,14 +168,6 @@ FORMATS = (
         databases.read,
     ),
     Format("a table", EXPECTED, fits_table, read_table),
-)
-# known, but not read: their coordinates are not the slide's
-REFUSED: tuple[tuple[Callable[[Any], bool], str], ...] = (
-    (viewers.is_xml("annotations"), "NDPA (nanometres from the middle of the slide)"),
-    (
-        lambda document: isinstance(document, dict) and "cell_masks" in document,
-        "HistoPLUS's JSON (pixels of a tile)",
-    ),
 )
 
 
@@ -276,7 +192,8 @@ def read_file(file: Path, boxes: str | None = None) -> Iterator[Contents]:
         except UserError as error:
             raise UserError(f"{title}: {error}") from None
         if form is None:
-            raise UserError(f"{title} is {describe(document)}; expected {wanted(document)}")
+            known = "; ".join(f"{form.name} ({form.known_by})" for form in FORMATS)
+            raise UserError(f"{title} is {describe(document)}; expected one of: {known}")
         objects = form.read(document, boxes) if form.has_boxes else form.read(document)
         yield Contents(called, title, form, from_document(title, member, objects))
 
@@ -290,16 +207,6 @@ def from_document(title: str, member: str, objects: Iterator[SlideObject]) -> It
         raise
     except UserError as error:
         raise UserError(f"{title}: {error}") from None
-
-
-def wanted(document: Any) -> str:
-    """What is expected in place of a document that is not read."""
-    for fits, name in REFUSED:
-        if fits(document):
-            return (
-                f"a format that counts the slide's pixels, which {name} does not; open it in QuPath, and export GeoJSON"
-            )
-    return "one of: " + "; ".join(f"{form.name} ({form.known_by})" for form in FORMATS)
 
 
 def describe(document: Any) -> str:

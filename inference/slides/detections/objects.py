@@ -9,9 +9,10 @@ from typing import Any, Literal, NamedTuple
 from ...errors import UserError
 
 Feature = dict[str, Any]
-Origin = Literal["slide", "scan", "doubt"]
+Origin = Literal["slide", "scan", "doubt", "glass"]
 SCAN: Origin = "scan"
 DOUBT: Origin = "doubt"
+GLASS: Origin = "glass"
 
 
 class Frame(NamedTuple):
@@ -19,12 +20,15 @@ class Frame(NamedTuple):
 
     magnification: the objective whose pixels they count; None: they count level 0's
     microns: µm of one unit, where they are lengths; None: they are pixels
+    deepzoom: the level of the slide's DeepZoom pyramid (0: one pixel) whose pixels they count; None: as above
     origin: "slide" (the corner of level 0), "scan" (the corner of the scanned area, as QuPath counts), or "doubt":
-        programs write this format both ways, so where the two differ the user has to say which
+        programs write this format both ways, so where the two differ the user has to say which; "glass" (the middle of
+        the glass slide, which NDPI files know)
     """
 
     magnification: float | None = None
     microns: float | None = None
+    deepzoom: int | None = None
     origin: Origin = "slide"
 
 

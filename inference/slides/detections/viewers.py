@@ -1,7 +1,7 @@
-"""Files of slide viewers and of the challenge: ASAP and Aperio XML, HistomicsUI, wholeslidedata, Track 1's points.
+"""Files of slide viewers and of the challenge: ASAP, Aperio, NDPA, HistomicsUI, wholeslidedata, points of Track 1.
 
-Sources: ASAP's XmlRepository, Aperio ImageScope's XML, large_image's annotation schema, wholeslidedata's
-WholeSlideAnnotation, and Grand Challenge's "Multiple points".
+Sources: ASAP's XmlRepository, Aperio ImageScope's XML, NDPA files that programs for NDP.view write, large_image's
+annotation schema, wholeslidedata's WholeSlideAnnotation, and Grand Challenge's "Multiple points".
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from xml.etree.ElementTree import Element
 
 from ...errors import UserError
 from .geometry import box, number, point, polygon
-from .objects import Feature, Frame, SlideObject, attempt, made
+from .objects import GLASS, Feature, Frame, SlideObject, attempt, made
 
 
 def is_xml(tag: str) -> Callable[[Any], bool]:
@@ -71,6 +71,34 @@ def read_aperio(document: Element) -> Iterator[SlideObject]:
         for m, region in enumerate(layer.iterfind("Regions/Region"), 1):
             where = f"layer {n}, region {m:,}"
             yield attempt(where, partial(read, where, layer, region))
+
+
+ON_GLASS = Frame(microns=1, origin=GLASS)
+
+
+def read_ndpa(document: Element) -> Iterator[SlideObject]:
+    """annotations/ndpviewstate, each with one annotation: a pin, circle or closed outline; its class is the title."""
+
+    def position(element: Element) -> list[float]:
+        return [
+            number(name, element.findtext(name)) / 1000 for name in ("x", "y")
+        ]  # µm, as the size of a figure is judged
+
+    def read(where: str, state: Element) -> SlideObject:
+        unit, annotation = state.findtext("coordformat", "").strip(), state.find("annotation")
+        if unit != "nanometers" or annotation is None:
+            raise UserError(f"its coordinates are {unit!r:.40}; expected an annotation, in 'nanometers'")
+        if annotation.find("pointlist") is None:
+            geometry: Feature = {"type": "Point", "coordinates": position(annotation)}  # also the centre of a circle
+        elif annotation.findtext("closed", "1").strip() == "0":
+            raise UserError("it is an open line; expected a pin, a circle or a closed outline")
+        else:
+            geometry = shape([position(corner) for corner in annotation.iterfind("pointlist/point")])
+        title, details = (state.findtext(name, "").strip() for name in ("title", "details"))
+        return SlideObject(where, made(geometry, state.get("id") or where, title, details=details), frame=ON_GLASS)
+
+    for n, state in enumerate(document.iterfind("ndpviewstate"), 1):
+        yield attempt(f"annotation {n:,}", partial(read, f"annotation {n:,}", state))
 
 
 def elements_of(document: Any) -> list[Any] | None:
