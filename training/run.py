@@ -4,6 +4,7 @@ recipe.json   every setting of the run
 base.sha256   hash of the base weights; runs of earlier versions have none
 data.json     counts and hash of its crops, as `data.table.describe` gives them
 split.csv     path, label, group, domain, fold, name, votes and pixel hash of each crop, in the order of the table
+exam.csv      path, label, group and domain of the crops that no fold sees, where there are any; for `inference score`
 fold<k>/      adapter in PEFT's format, metrics.csv, TensorBoard scalars, checkpoint.pt while it trains, and
               oof.npz, the logits of the crops that it held out, which says that the fold is finished
 fold<k>/seed<n>/  with several seeds the same of each; the fold's own adapter is their mean, and so are its logits
@@ -26,6 +27,7 @@ from inference.errors import UserError
 from inference.files import read_json, replacing, write_whole
 
 from .data.crop import Crop
+from .data.splits import EXAM
 from .data.table import describe, same_data
 from .fit.recipe import Recipe, from_dict
 
@@ -61,6 +63,10 @@ class RunFolder:
     @property
     def begun(self) -> bool:
         return (self.path / "recipe.json").is_file()
+
+    @property
+    def exam(self) -> Path:
+        return self.path / "exam.csv"
 
     def recipe(self) -> Recipe:
         """The settings, written by this or an earlier version."""
@@ -137,7 +143,10 @@ class RunFolder:
             self.write_split(crops, recipe.split_of(crops))
         if [row["path"] for row in self._split()] != [str(crop.path) for crop in crops]:
             raise UserError(f"{split_file} lists other crops than the data; expected the same; start a new run folder")
-        return self.split()
+        fold = self.split()
+        if (fold == EXAM).any() and not self.exam.exists():
+            self.write_exam([crop for crop, number in zip(crops, fold.tolist(), strict=True) if number == EXAM])
+        return fold
 
     def begin_on(self, base: Path) -> None:
         """Write the hash of the base weights where it is new. UserError where the run began on others."""
@@ -161,6 +170,12 @@ class RunFolder:
             for c, number in zip(crops, fold.tolist(), strict=True):
                 votes = " ".join(map(str, c.votes))
                 writer.writerow([c.path, c.label, c.group, c.domain, number, c.name, votes, c.pixels])
+
+    def write_exam(self, crops: Sequence[Crop]) -> None:
+        with replacing(self.exam) as partial, partial.open("w", newline="", encoding="utf-8") as out:
+            writer = csv.writer(out)
+            writer.writerow(["path", "label", "group", "domain"])
+            writer.writerows([crop.path.resolve(), crop.label, crop.group, crop.domain] for crop in crops)
 
     def out_of_fold(self, only: Sequence[int] | None = None) -> OutOfFold:
         """The logits of all crops that a fold held out, or that `only` those folds did, in the order of the split."""

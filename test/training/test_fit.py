@@ -30,7 +30,7 @@ from test.support.miniature import random_base
 from test.support.tables import tiny_table, write_crop
 from training.__main__ import main
 from training.augment.strengths import Augment
-from training.data.splits import inner_holdout
+from training.data.splits import EXAM, inner_holdout
 from training.data.table import load_data
 from training.fit import processes
 from training.fit.command import fit, make_accelerator, settle_precision
@@ -284,6 +284,27 @@ def test_a_fold_of_several_seeds_is_the_mean_of_their_adapters(data, tmp_path):
         found = logits(batch, mean, lookup("efficientnet-lite0"), "avg").view(8, -1).numpy()
     assert np.abs(found - stored["logits"]).max() < 1e-4
     assert RunFolder(share.folder).seconds() > 0 and len(RunFolder(share.folder).history(0)["auc"]) == 1
+
+
+def test_the_exam_is_in_no_fold_and_can_be_scored(tmp_path):
+    """Also for a run that began before there was such a file."""
+    from inference.imageio.listing import list_crops
+
+    crops = load_data([tiny_table(tmp_path / "data", crops=96, groups=32)], lambda line: None)
+    run = RunFolder(tmp_path / "run")
+    fold = run.begin(recipe("exam=4"), crops)
+    listed = run.exam.read_text()
+    run.exam.unlink()
+    run.begin(recipe("exam=4"), crops)
+    assert run.exam.read_text() == listed
+    exam = [crop for crop, number in zip(crops, fold.tolist(), strict=True) if number == EXAM]
+    items = list_crops([run.exam])
+    assert [(Path(item.path), item.label, item.slide) for item in items] == [(c.path, c.label, c.group) for c in exam]
+    assert len({crop.domain for crop in exam}) == 2
+    assert not {crop.group for crop in exam} & {c.group for c, number in zip(crops, fold, strict=True) if number >= 0}
+    plain = RunFolder(tmp_path / "plain")
+    plain.begin(recipe(), crops)
+    assert not plain.exam.exists()
 
 
 def test_a_run_folder_refuses_other_pixels_under_the_same_names(tmp_path):

@@ -173,6 +173,8 @@ def conclude(run: RunFolder) -> None:
     else:
         print(f"next: python -m training report {run.path}")
         print(f"      python -m training export {run.path} --output weights/NAME")
+        if run.exam.exists():
+            print(f"      python -m inference score {run.exam} --weights weights/NAME, once nothing is left to choose")
 
 
 def fit(training: Training, only: Sequence[int] | None = None) -> None:
