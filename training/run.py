@@ -174,8 +174,8 @@ class RunFolder:
     def write_exam(self, crops: Sequence[Crop]) -> None:
         with replacing(self.exam) as partial, partial.open("w", newline="", encoding="utf-8") as out:
             writer = csv.writer(out)
-            writer.writerow(["path", "label", "group", "domain"])
-            writer.writerows([crop.path.resolve(), crop.label, crop.group, crop.domain] for crop in crops)
+            writer.writerow(["path", "page", "label", "group", "domain"])  # training takes the first page of a stack
+            writer.writerows([crop.path.resolve(), 0, crop.label, crop.group, crop.domain] for crop in crops)
 
     def out_of_fold(self, only: Sequence[int] | None = None) -> OutOfFold:
         """The logits of all crops that a fold held out, or that `only` those folds did, in the order of the split."""

@@ -175,7 +175,7 @@ def report(running: SlideRun, collected: Collected, seconds: float) -> None:
             spot = "; the slide is too small for a hot spot of 2 mm²"
         density = f"; {summary.density(0):.4g} per mm² in {summary.area:.4g} mm²" if summary.area else ""
         print(
-            f"{summary.slide}: {summary.figures:,} figures, {summary.atypical:,} atypical "
+            f"{summary.slide}: {summary.figures:,} figure{'s' * (summary.figures != 1)}, {summary.atypical:,} atypical "
             f"({summary.share:.1%}, 95% interval {low:.1%} to {high:.1%}){density}{spot}"
         )
     scored = sum(summary.figures for summary in running.summaries)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ..errors import UserError
@@ -57,6 +57,20 @@ def middle_of_glass(slide: Slide) -> tuple[float, float]:
             "the NDPI file; give it by --slide, or export GeoJSON from QuPath"
         )
     return slide.glass
+
+
+def check_placed(slide: Slide, origin: str | None, frames: Sequence[Frame]) -> None:
+    """UserError where coordinates in none of the frames can be placed; where some can, the others' objects say so."""
+    reasons = []
+    for frame in set(frames):
+        try:
+            placement(frame, slide, origin)
+        except UserError as error:
+            reasons.append(error)
+        else:
+            return
+    if reasons:
+        raise reasons[0]
 
 
 def objective(slide: Slide, magnification: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -67,6 +68,8 @@ def middle_of_glass(
     try:
         away = [float(properties[f"hamamatsu.{axis}OffsetFromSlideCentre"]) for axis in "XY"]
     except (KeyError, ValueError):
+        return None
+    if not all(map(math.isfinite, away)):
         return None
     x, y = (pixels / 2 - nm / 1000 / microns for pixels, nm, microns in zip(size, away, mpp, strict=True))
     return x, y

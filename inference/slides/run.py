@@ -19,7 +19,7 @@ from ..progress import Progress, speaking
 from ..report.page import Page, write_report
 from . import outputs, overview
 from .detections.targets import Collected
-from .frames import check_origin
+from .frames import check_origin, check_placed
 from .journal import Journal
 from .part import score_part
 from .reader import THREADS, Cutting, Slide
@@ -112,6 +112,7 @@ class SlideRun:
                 outlines = collected.regions.get(file, [])
                 frames = [*(source.frame for source in targets.sources), *(outline.frame for outline in outlines)]
                 check_origin(slide, self.cutting.origin, frames)
+                check_placed(slide, self.cutting.origin, [source.frame for source in targets.sources])
             except UserError as error:
                 self.lose(file, len(targets), error)
             else:

@@ -41,17 +41,22 @@ def read_histoplus(document: Any) -> Iterator[SlideObject]:
     frames: dict[int, Frame] = {}  # one for all tiles of a level
 
     def read(where: str, tile: Any, mask: Any) -> SlideObject:
-        column, row, level = (whole(name, tile[name]) for name in ("x", "y", "level"))
-        left, top = column * number("width", tile["width"]), row * number("height", tile["height"])
+        column, row, level, width, height = (whole(name, tile[name]) for name in ("x", "y", "level", "width", "height"))
 
         def moved(position: Any) -> list[float]:
             x, y = point(position)
-            return [left + x, top + y]
+            return [column * width + x, row * height + y]
 
+        x, y = point(mask["centroid"])
+        if not (0 <= x < width and 0 <= y < height):
+            raise UserError(
+                f"its centroid {x:g}, {y:g} is outside its tile of {width} x {height}; expected pixels from the tile's "
+                "corner"
+            )
         geometry = polygon([moved(corner) for corner in mask["coordinates"]])
         identity = f"{level}_{column}_{row}_{mask['cell_id']}"  # cells are counted anew in each tile
         feature = made(geometry, identity, str(mask.get("cell_type") or ""), confidence=mask.get("confidence"))
-        x, y = moved(mask["centroid"])
+        x, y = moved((x, y))
         return SlideObject(where, feature, centre=(x, y), frame=frames.setdefault(level, Frame(deepzoom=level)))
 
     for n, tile in enumerate(document["cell_masks"], 1):
@@ -61,14 +66,16 @@ def read_histoplus(document: Any) -> Iterator[SlideObject]:
             continue
         for m, mask in enumerate(masks, 1):
             where = f"tile {n:,}, mask {m:,}"
-            yield attempt(where, partial(read, where, tile, mask))
+            kind = mask.get("cell_type") if isinstance(mask, dict) else None
+            yield attempt(where, partial(read, where, tile, mask), str(kind or ""))
 
 
 def whole(name: str, value: Any) -> int:
-    """A tile's column, row or level; HistoPLUS has fractions where spots of Visium take the place of tiles."""
-    if number(name, value) % 1:
+    """A tile's column, row, level or side; HistoPLUS has fractions where spots of Visium take the place of tiles."""
+    parsed = number(name, value)
+    if parsed % 1 or parsed < 0:
         raise UserError(f"its tile's {name} is {value!r:.20}; expected a whole number, of a tile in DeepZoom's grid")
-    return int(value)
+    return int(parsed)
 
 
 # HoVer-Net: infer/base.py writes {"mag": ..., "nuc": {id: {bbox, centroid, contour, type_prob, type}}}

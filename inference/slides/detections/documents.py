@@ -20,6 +20,7 @@ from ...errors import UserError
 from . import json_text
 from .databases import Database
 from .json_text import Features
+from .pairing import stem
 
 PACKED = (".geojson", ".json", ".ndjson", ".jsonl", ".csv", ".tsv", ".xml", ".ndpa")  # what is read of a zip file
 LARGEST = 2 << 30  # bytes of a file, unpacked: a million polygons of QuPath are about 1 GB
@@ -75,7 +76,11 @@ def zipped(file: Path) -> Iterator[Document]:
             )
         for name in names:
             with archive.open(name) as stream:
-                called = (PurePath(name).name, *([file.name] if len(names) == 1 else []))
+                own = PurePath(name).name
+                names_slide = PurePath(
+                    stem(own)
+                ).suffix  # as case.ndpi.ndpa does: then the zip file's name is not asked
+                called = (own, *([file.name] if len(names) == 1 and not names_slide else []))
                 yield Document(parse(stream, file), called, name)
 
 

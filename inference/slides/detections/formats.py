@@ -160,7 +160,7 @@ FORMATS = (
     ),
     Format("ASAP XML", "the element ASAP_Annotations", viewers.is_xml("ASAP_Annotations"), viewers.read_asap),
     Format("Aperio XML", "the element Annotations", viewers.is_xml("Annotations"), viewers.read_aperio),
-    Format("NDPA", "the element annotations", viewers.is_xml("annotations"), viewers.read_ndpa),
+    Format("NDPA", "the element annotations with ndpviewstate", viewers.fits_ndpa, viewers.read_ndpa),
     Format(
         "SlideRunner or EXACT SQLite",
         "the tables Annotations, Annotations_coordinates and Slides",

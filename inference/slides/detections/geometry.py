@@ -38,7 +38,7 @@ def number(name: str, value: Any) -> float:
     except (ValueError, OverflowError):
         parsed = math.nan
     if not abs(parsed) < FAR:
-        raise UserError(f"{name} is {value!r:.40}; expected a number of level-0 pixels")
+        raise UserError(f"{name} is {value!r:.40}; expected a finite number")
     return parsed
 
 
@@ -134,7 +134,9 @@ def centre(geometry: Any) -> tuple[float, float]:
 
 
 def polygon(corners: list[list[float]]) -> dict[str, Any]:
-    """The outline through `corners`, whose first and last may be the same."""
+    """The outline through `corners`, whose first and last may be the same. UserError where three do not differ."""
+    if len({tuple(corner) for corner in corners}) < 3:
+        raise UserError(f"its outline has {len(corners)} corners; expected three that differ, or more")
     return {"type": "Polygon", "coordinates": [corners if corners[0] == corners[-1] else [*corners, corners[0]]]}
 
 

@@ -39,6 +39,7 @@ class SlideObject(NamedTuple):
     """One object of a file. where: its position in the file, for messages; slide: as named in the file, or "".
 
     feature: GeoJSON, or a UserError that says why there is none; centre: x, y if the file states one, else None
+    kind: its class, where there is no feature that says it
     """
 
     where: str
@@ -46,6 +47,7 @@ class SlideObject(NamedTuple):
     slide: str = ""
     centre: tuple[float, float] | None = None
     frame: Frame = LEVEL_0
+    kind: str = ""
 
 
 def made(geometry: Feature, identity: Any, kind: str, **metadata: Any) -> Feature:
@@ -59,16 +61,15 @@ def made(geometry: Feature, identity: Any, kind: str, **metadata: Any) -> Featur
     return {"type": "Feature", "id": str(identity), "geometry": geometry, "properties": properties}
 
 
-def attempt(where: str, make: Callable[[], SlideObject]) -> SlideObject:
-    """The result of `make`, or the object with the reason why it could not be read."""
+def attempt(where: str, make: Callable[[], SlideObject], kind: str = "") -> SlideObject:
+    """The result of `make`, or the object, of the class `kind`, with the reason why it could not be read."""
     try:
         return make()
     except UserError as error:
-        return SlideObject(where, error)
+        reason = error
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        return SlideObject(
-            where, UserError(f"it is incomplete ({type(error).__name__}: {error}); expected all of its fields")
-        )
+        reason = UserError(f"it is incomplete ({type(error).__name__}: {error}); expected all of its fields")
+    return SlideObject(where, reason, kind=kind)
 
 
 def class_name(feature: Feature) -> str:

@@ -114,10 +114,12 @@ def slides_called(folder: Path, name: str) -> list[Path]:
         files = sorted(folder.iterdir())
     except OSError as error:
         raise UserError(f"{folder} cannot be read ({error.strerror}); expected a folder of slides") from None
-    return [
+    slides = [
         file
         for file in files
         if wanted in (file.name, file.stem, file.stem.removesuffix(".ome"))
         and file.suffix.lower() not in NOT_SLIDES
         and (file.is_file() or any(file.glob("*.[dD][cC][mM]")))  # the files of one DICOM slide lie in a folder
     ]
+    exact = [file for file in slides if file.name == wanted]  # case.ndpi for case.ndpi.ndpa, and not case.ndpi.tif
+    return exact if exact and PurePath(wanted).suffix else slides

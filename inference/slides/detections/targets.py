@@ -113,11 +113,12 @@ class Collector:
         collected = self.collected
         feature = item.feature
         valid = not isinstance(feature, UserError)
-        label = class_name(feature) if isinstance(feature, dict) else ""
+        label = class_name(feature) if isinstance(feature, dict) else item.kind
         kind = label.casefold()
         collected.classes[label] += 1
-        outline = valid and self.region is not None and kind == self.region
-        chosen = not outline and (not valid or not self.classes or kind in self.classes)
+        outline = self.region is not None and kind == self.region
+        unknown = not valid and not label  # it may be of a chosen class
+        chosen = not outline and (unknown or not self.classes or kind in self.classes)
         collected.total += chosen
         try:
             slide = self.slides.of(file, contents.called, item.slide)
@@ -134,6 +135,8 @@ class Collector:
             collected.regions.setdefault(slide, []).append(
                 Region(item.where, feature.get("geometry") or {}, item.frame)
             )
+        elif outline:
+            self.complain([f"{file}, {item.where}"], str(feature), False)
         if chosen:
             try:
                 if isinstance(feature, UserError):

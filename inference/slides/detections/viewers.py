@@ -6,6 +6,7 @@ annotation schema, wholeslidedata's WholeSlideAnnotation, and Grand Challenge's 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -73,32 +74,44 @@ def read_aperio(document: Element) -> Iterator[SlideObject]:
             yield attempt(where, partial(read, where, layer, region))
 
 
-ON_GLASS = Frame(microns=1, origin=GLASS)
+PIXEL = 0.25  # µm, in which the size of a figure is judged
+ON_GLASS = Frame(microns=PIXEL, origin=GLASS)
+ROUND = [(math.cos(angle), math.sin(angle)) for angle in (2 * math.pi * n / 64 for n in range(64))]
+
+
+def fits_ndpa(document: Any) -> bool:
+    """Other programs have a root of the same name."""
+    return is_xml("annotations")(document) and (not len(document) or document.find("ndpviewstate") is not None)
 
 
 def read_ndpa(document: Element) -> Iterator[SlideObject]:
-    """annotations/ndpviewstate, each with one annotation: a pin, circle or closed outline; its class is the title."""
+    """annotations/ndpviewstate with its annotations: pins, circles and closed outlines; their class is the title."""
 
     def position(element: Element) -> list[float]:
-        return [
-            number(name, element.findtext(name)) / 1000 for name in ("x", "y")
-        ]  # µm, as the size of a figure is judged
+        return [number(name, element.findtext(name)) / 1000 / PIXEL for name in ("x", "y")]
 
-    def read(where: str, state: Element) -> SlideObject:
-        unit, annotation = state.findtext("coordformat", "").strip(), state.find("annotation")
-        if unit != "nanometers" or annotation is None:
-            raise UserError(f"its coordinates are {unit!r:.40}; expected an annotation, in 'nanometers'")
-        if annotation.find("pointlist") is None:
-            geometry: Feature = {"type": "Point", "coordinates": position(annotation)}  # also the centre of a circle
-        elif annotation.findtext("closed", "1").strip() == "0":
-            raise UserError("it is an open line; expected a pin, a circle or a closed outline")
-        else:
+    def read(where: str, state: Element, annotation: Element) -> SlideObject:
+        unit, tool = state.findtext("coordformat", "").strip(), annotation.get("type", "")
+        if unit != "nanometers":
+            raise UserError(f"its coordinates are {unit!r:.40}; expected 'nanometers'")
+        if annotation.find("pointlist") is not None and annotation.findtext("closed", "1").strip() != "0":
             geometry = shape([position(corner) for corner in annotation.iterfind("pointlist/point")])
+        elif annotation.find("pointlist") is not None or annotation.find("x") is None:
+            raise UserError(f"it is an open line, or a {tool!r:.40}; expected a pin, a circle or a closed outline")
+        else:
+            x, y = position(annotation)
+            geometry = {"type": "Point", "coordinates": [x, y]}
+            if annotation.find("radius") is not None:
+                radius = number("radius", annotation.findtext("radius")) / 1000 / PIXEL
+                geometry = polygon([[x + radius * a, y + radius * b] for a, b in ROUND])
         title, details = (state.findtext(name, "").strip() for name in ("title", "details"))
         return SlideObject(where, made(geometry, state.get("id") or where, title, details=details), frame=ON_GLASS)
 
     for n, state in enumerate(document.iterfind("ndpviewstate"), 1):
-        yield attempt(f"annotation {n:,}", partial(read, f"annotation {n:,}", state))
+        title = state.findtext("title", "").strip()
+        for m, annotation in enumerate(state.iterfind("annotation"), 1):
+            where = f"annotation {n:,}" if m == 1 else f"annotation {n:,}, part {m:,}"
+            yield attempt(where, partial(read, where, state, annotation), title)
 
 
 def elements_of(document: Any) -> list[Any] | None:
