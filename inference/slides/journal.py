@@ -7,6 +7,7 @@ the ensemble and the precision. So no answer can be stale: one that no longer ap
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
@@ -66,11 +67,15 @@ class Journal:
 
 @contextmanager
 def journal(output: Path) -> Iterator[Journal]:
-    """The journal beside `output`, locked for this run."""
+    """The journal beside `output`, locked for this run; without an answer nothing is left of it."""
     file = output.with_name(f".{output.name}.journal")
     try:
         opened = Journal(file)
     except OSError as error:
         raise UserError(f"{file} cannot be written ({error.strerror}); expected a writable folder") from None
     with opened.stream:
-        yield opened
+        try:
+            yield opened
+        finally:
+            if not os.fstat(opened.stream.fileno()).st_size:
+                opened.remove()
