@@ -60,7 +60,7 @@ def test_what_cannot_be_cut_is_named_and_the_rest_goes_on(slide, tmp_path, capsy
     write_slide(tmp_path / "dpi.tif", [np.zeros((300, 300, 3), np.uint8)], 25400 / 72)
     good = [slide, 700, 301]
     bad = [
-        ([slide, "7OO", 301], "line 3: x is '7OO'; expected a number"),
+        ([slide, "7OO", 301], "line 3: x is '7OO'; expected a finite number"),
         ([slide, "nan", 301], "line 4: x is 'nan'"),
         ([slide, 5, ""], "line 5: y is ''"),
         ([slide, 1300, 5], "case 1.tif at 1300, 5: it lies outside the slide's 1,300 x 1,000 pixels"),
