@@ -17,6 +17,7 @@ from accelerate import Accelerator
 
 from inference.files import replacing
 
+from .lora import unfuse_attention
 from .recipe import Recipe
 
 Tensors = dict[str, torch.Tensor]
@@ -45,6 +46,8 @@ class State:
         adapters = [p for name, p in self.learnt.items() if "lora_" in name]
         head = [p for name, p in self.learnt.items() if "lora_" not in name]
         rate = recipe.learning_rate
+        if accelerator.device.type == "cpu":
+            unfuse_attention(plain)
         self.model, self.optimizer = accelerator.prepare(
             plain,
             torch.optim.AdamW(
