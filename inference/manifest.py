@@ -295,9 +295,8 @@ def _check_preprocess(file: Path, where: str, preprocess: dict[str, Any]) -> Non
 
 
 def _find_base(folder: Path, name: str) -> Path:
-    places = [folder / name, BASES / name]
-    for place in places:
-        if place.is_file():
-            return place
+    for file in (folder / name, BASES / name):
+        if file.is_file():
+            return file
     command = f"python -m training base {name.removesuffix('.safetensors')}"
     raise UserError(f"base weights {name} not found; expected them in {folder} or {BASES}; make them with '{command}'")

@@ -153,12 +153,12 @@ def check_forgotten(settings: dict[str, Any], root: Layer) -> list[Check]:
     if not command:
         findings.append(Check("FAIL", "neither ENTRYPOINT nor CMD: nothing can be started", "add an ENTRYPOINT"))
     else:
-        path = dict(str(line).split("=", 1) for line in settings.get("Env") or []).get("PATH", "/usr/bin:/bin")
+        folders = dict(str(line).split("=", 1) for line in settings.get("Env") or []).get("PATH", "/usr/bin:/bin")
         base = settings.get("WorkingDir") or "/"
-        places = [f"{folder}/{command[0]}" for folder in path.split(":")]
+        paths = [f"{folder}/{command[0]}" for folder in folders.split(":")]
         if "/" in command[0]:
-            places = [command[0] if command[0].startswith("/") else f"{base}/{command[0]}"]
-        if any(executable(find_file(root.files, place)) for place in places):
+            paths = [command[0] if command[0].startswith("/") else f"{base}/{command[0]}"]
+        if any(executable(find_file(root.files, path)) for path in paths):
             findings.append(Check("PASS", f"entry point {' '.join(command)}"))
         else:
             message = f"the program of the entry point, {command[0]}, is not an executable file of the image"
@@ -183,9 +183,9 @@ def check_forgotten(settings: dict[str, Any], root: Layer) -> list[Check]:
         if baked:
             findings.append(Check("WARN", f"files under /{folder} are deleted, e.g. /{baked[0]}", "remove them"))
     for program in ("sh", "rm", "chmod"):
-        places = [f"/bin/{program}"] if program == "sh" else [f"/bin/{program}", f"/usr/bin/{program}"]
-        if not any(executable(find_file(root.files, place)) for place in places):
-            message = f"no {places[0]}: between two tasks the platform runs sh, rm and chmod in the container, as root"
+        paths = [f"/bin/{program}"] if program == "sh" else [f"/bin/{program}", f"/usr/bin/{program}"]
+        if not any(executable(find_file(root.files, path)) for path in paths):
+            message = f"no {paths[0]}: between two tasks the platform runs sh, rm and chmod in the container, as root"
             findings.append(Check("FAIL", message, "keep the base image's shell and core utilities"))
     if find_file(root.files, "/bin/bash") is None:
         findings.append(Check("WARN", "no /bin/bash: the organisers' own re-run needs it", "install bash"))

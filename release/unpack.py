@@ -23,11 +23,11 @@ def leads_out(path: str) -> bool:
 
 def unsafe(member: tarfile.TarInfo) -> str | None:
     """Why `filter="data"` refuses a member, or None; written out because Python before 3.11.4 has no such filter."""
-    place = os.path.normpath(member.name.lstrip("/"))
-    if leads_out(place):
+    path = os.path.normpath(member.name.lstrip("/"))
+    if leads_out(path):
         return f"{member.name} lies outside the destination"
     if member.issym() or member.islnk():
-        target = member.linkname if member.islnk() else os.path.join(os.path.dirname(place), member.linkname)
+        target = member.linkname if member.islnk() else os.path.join(os.path.dirname(path), member.linkname)
         if os.path.isabs(member.linkname) or leads_out(os.path.normpath(target)):
             return f"{member.name} links to {member.linkname}, outside the destination"
     elif not (member.isreg() or member.isdir()):

@@ -122,18 +122,18 @@ def _directory(
     for number in range(count):
         tag, kind, values, inline = _unpack(stream, start + number * step, entry)
         length = values * SIZES.get(kind, 0)
-        place = None
+        elsewhere = None
         if length > len(inline):
             total += length
-            place = struct.unpack(link, inline)[0]
-            if place + length > size:
+            elsewhere = struct.unpack(link, inline)[0]
+            if elsewhere + length > size:
                 raise Damaged(f"has tag {tag} outside the file")
         if tag not in READ:
             continue
         if tag in tags or kind not in UNITS or not 1 <= values <= MAX_SEGMENTS:
             raise Damaged(f"has tag {tag} twice, or with type {kind} and {values:,} values")
         form = f"{order}{values}{UNITS[kind]}"
-        tags[tag] = struct.unpack(form, inline[:length]) if place is None else _unpack(stream, place, form)
+        tags[tag] = struct.unpack(form, inline[:length]) if elsewhere is None else _unpack(stream, elsewhere, form)
     return tags, _unpack(stream, start + count * step, link)[0], total
 
 

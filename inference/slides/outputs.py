@@ -86,10 +86,10 @@ def write_geojson(output: Path, scored: Scored, origin: str | None, manifest: Ma
 
 
 def object_row(
-    target: Target, place: tuple[float, float], answer: Answer, slide: str, manifest: Manifest
+    target: Target, centre: tuple[float, float], answer: Answer, slide: str, manifest: Manifest
 ) -> list[object]:
     """An object's cells, in the order of `header`."""
-    named = [slide, f"{place[0]:.12g}", f"{place[1]:.12g}", target.id, class_name(target.feature), target.file.name]
+    named = [slide, f"{centre[0]:.12g}", f"{centre[1]:.12g}", target.id, class_name(target.feature), target.file.name]
     return [*map(plain, named), *answer.values(manifest.threshold), ensemble_id(manifest)]
 
 
@@ -105,8 +105,8 @@ def write_csv(file: Path, results: Sequence[Scored], manifest: Manifest) -> None
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(header(manifest))
         for scored in results:
-            for target, place, answer in zip(scored.targets, scored.places, scored.answers, strict=True):
-                writer.writerow(object_row(target, place, answer, scored.title, manifest))
+            for target, centre, answer in zip(scored.targets, scored.places, scored.answers, strict=True):
+                writer.writerow(object_row(target, centre, answer, scored.title, manifest))
 
 
 def region_of(

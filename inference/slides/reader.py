@@ -119,22 +119,22 @@ class Slide:
 
     def each(
         self,
-        places: Sequence[tuple[float, float]],
+        centres: Sequence[tuple[float, float]],
         side: int,
         use: Callable[[int, Image.Image], T],
         pool: ThreadPoolExecutor,
     ) -> Iterator[T | UserError]:
-        """Call `use(n, crop)` for the crop at each place, in the pool's threads; yields its result or a UserError.
+        """Call `use(n, crop)` for the crop around each centre, in the pool's threads; yields its result or a UserError.
 
-        In the order of `places` (level-0 pixels). An exception of `use` other than UserError passes through.
+        In the order of `centres` (level-0 pixels). An exception of `use` other than UserError passes through.
         """
         waiting: deque[Future[T | UserError]] = deque()
         ahead = max(2 * THREADS, AHEAD // side**2)
-        if places:
+        if centres:
             self.open()  # once, not in each thread
         try:
-            for n, place in enumerate(places):
-                waiting.append(pool.submit(self._one, n, place, side, use))
+            for n, centre in enumerate(centres):
+                waiting.append(pool.submit(self._one, n, centre, side, use))
                 if len(waiting) >= ahead:
                     yield waiting.popleft().result()
             while waiting:
@@ -144,17 +144,17 @@ class Slide:
                 future.cancel()
 
     def _one(
-        self, n: int, place: tuple[float, float], side: int, use: Callable[[int, Image.Image], T]
+        self, n: int, centre: tuple[float, float], side: int, use: Callable[[int, Image.Image], T]
     ) -> T | UserError:
         from openslide import OpenSlideError
 
         try:
             try:
-                crop = read_crop(self.open(), self.level, *place, side)
+                crop = read_crop(self.open(), self.level, *centre, side)
             except OpenSlideError:
                 # after one damaged tile an open slide fails for all later crops, wherever they lie: open it again
                 fresh = open_slide(self.opens)
-                crop = read_crop(fresh, self.level, *place, side)
+                crop = read_crop(fresh, self.level, *centre, side)
                 self.opened = fresh
             if crop.getbbox() is None:
                 raise UserError("nothing was scanned there; expected tissue")

@@ -36,7 +36,7 @@ class Placed:
     """An object with a place of its own: its number among the slide's objects, and its centre in level-0 pixels."""
 
     number: int
-    place: tuple[float, float]
+    centre: tuple[float, float]
 
 
 def placed(
@@ -55,16 +55,16 @@ def placed(
             if target.source is not source:  # most have that of the one before
                 source, where = target.source, placement(target.frame, slide, origin)
             x, y = where.on_slide(target.x, target.y)
-            place = round(x, 2) + 0.0, round(y, 2) + 0.0
-            check_inside(slide.size, *place)
-            if place in taken:
-                raise UserError(f"it lies where {targets[taken[place]].name} does; expected each figure once")
+            centre = round(x, 2) + 0.0, round(y, 2) + 0.0
+            check_inside(slide.size, *centre)
+            if centre in taken:
+                raise UserError(f"it lies where {targets[taken[centre]].name} does; expected each figure once")
         except UserError as error:
             refuse(number, target, str(error))
             continue
-        taken[place] = number
-        objects.append(Placed(number, place))
-    return sorted(objects, key=lambda item: (item.place[1] // 1024, item.place[0] // 1024))
+        taken[centre] = number
+        objects.append(Placed(number, centre))
+    return sorted(objects, key=lambda item: (item.centre[1] // 1024, item.centre[0] // 1024))
 
 
 @dataclass(frozen=True)
@@ -120,14 +120,14 @@ class SlideWork:
 
     def key(self, n: int) -> str:
         """The n-th object's in the journal."""
-        return key(self.depends, self.objects[n].place)
+        return key(self.depends, self.objects[n].centre)
 
     def part(self, start: int, stop: int) -> Part:
         """The objects from `start` to `stop` (excluded) that still need an answer or a picture."""
         pictures, chosen = self.conditions.pictures, range(start, min(stop, len(self.objects)))
         known = frozenset(n for n in chosen if n in self.answered)
         numbers = [n for n in chosen if pictures or n not in known]
-        places = [self.objects[n].place for n in numbers]
+        places = [self.objects[n].centre for n in numbers]
         file, cutting = self.slide.file.absolute(), self.conditions.cutting
         return Part(file, self.slide.identity, cutting, numbers, places, known, pictures)
 
@@ -157,8 +157,8 @@ class SlideWork:
         result.targets = self.targets.chosen(self.objects[n].number for n in numbers)
         for n in numbers:
             item = self.objects[n]
-            result.places.append(item.place)
-            path = f"{name}/{item.place[0]:.12g}_{item.place[1]:.12g}"
+            result.places.append(item.centre)
+            path = f"{name}/{item.centre[0]:.12g}_{item.centre[1]:.12g}"
             result.answers.append(replace(self.answered[n], path=path, domain=name))
             if n in self.drawn:
                 result.pictures.append(self.drawn[n])

@@ -172,8 +172,8 @@ def _order(file: Path, parts: Mapping[str, Part]) -> list[str] | None:
 
 def _numbered(modules: Sequence[str]) -> bool:
     """Whether these are the modules of one torch.nn.Sequential, by their names."""
-    places = [module.rpartition(".") for module in modules]
-    return len({place[0] for place in places}) == 1 and all(_NUMBER.fullmatch(place[2]) for place in places)
+    paths = [module.rpartition(".") for module in modules]
+    return len({path[0] for path in paths}) == 1 and all(_NUMBER.fullmatch(path[2]) for path in paths)
 
 
 def _fits(parts: Sequence[Part]) -> bool:

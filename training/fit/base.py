@@ -30,11 +30,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("name", nargs="?", choices=list(BACKBONES), metavar="NAME", help=", ".join(BACKBONES))
     which.add_argument("--all", action="store_true", help="those that the default ensemble needs and that are not here")
-    place = parser.add_mutually_exclusive_group()
-    place.add_argument(
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
         "--file", type=Path, help="a local .safetensors, .pth, .bin or .onnx instead of the published place"
     )
-    place.add_argument(
+    source.add_argument(
         "--from", dest="place", choices=("hub",), help="the hub's copy of weights that otherwise come from a package"
     )
     parser.add_argument("--dtype", choices=("fp16", "fp32"), help="to store (default fp16; EfficientNet-Lite: fp32)")
@@ -61,8 +61,8 @@ def make(name: str, options: argparse.Namespace) -> None:
         print(f"{target} exists already; SHA-256 {sha256(target)}")
         return
     row = lookup(name)
-    place = published_place(name, row, options.place)
-    kind, _, where = place.partition(":")
+    published = published_place(name, row, options.place)
+    kind, _, where = published.partition(":")
     with ExitStack() as stack:
         source = options.file or (stack.enter_context(package_file(where)) if kind == "pypi" else hub_file(row, where))
         state = fit_to_backbone(name, read_state(source), source)
@@ -85,7 +85,7 @@ def make(name: str, options: argparse.Namespace) -> None:
                 "as adapters belong to the base that they were trained on; use --force, or another --output"
             )
         partial.chmod(0o644)  # safetensors writes for the owner alone, and an image's user is another
-    origin = options.file.name if options.file else place
+    origin = options.file.name if options.file else published
     record = {"backbone": name, "source": origin, "licence": row.licence, "sha256": made}
     target.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"{target}: {len(state)} tensors, {target.stat().st_size:,} bytes, {row.licence}, SHA-256 {made}")
@@ -95,10 +95,10 @@ def make(name: str, options: argparse.Namespace) -> None:
 
 def published_place(name: str, row: Backbone, asked: str | None) -> str:
     """The backbone's `source`, or its mirror if the hub's copy is asked for."""
-    place = row.mirror or row.source if asked == "hub" else row.source
-    if asked == "hub" and not place.startswith("hf-hub:"):
+    published = row.mirror or row.source if asked == "hub" else row.source
+    if asked == "hub" and not published.startswith("hf-hub:"):
         raise UserError(f"{name} has no place on the hub in the table; expected one; run without --from")
-    return place
+    return published
 
 
 def fit_to_backbone(name: str, state: State, source: Path) -> State:
